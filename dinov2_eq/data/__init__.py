@@ -1,0 +1,1 @@
+"""From a data string to batches of views."""

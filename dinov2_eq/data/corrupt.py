@@ -1,0 +1,77 @@
+"""What training does about images that cannot be read: takes the next one, tells, and stops when there are too many."""
+
+import logging
+from collections.abc import Iterable
+
+from PIL import Image
+
+from dinov2_eq.data.datasets import DataError, ImageDataset, UnreadableImage
+
+logger = logging.getLogger(__name__)
+
+MAX_IN_A_ROW = 100
+MIN_READS = 100
+
+
+def read_or_next(dataset: ImageDataset, index: int) -> tuple[Image.Image, tuple[str, ...]]:
+    """The image at `index`, or the next readable one after it, and the names of the unreadable ones in between.
+
+    Raises:
+        DataError: `MAX_IN_A_ROW` images in a row, or all of them, cannot be read.
+    """
+    skipped: list[str] = []
+    num_tries = min(len(dataset), MAX_IN_A_ROW)
+    first_error = ""
+    for offset in range(num_tries):
+        try:
+            return dataset.read((index + offset) % len(dataset)), tuple(skipped)
+        except UnreadableImage as error:
+            skipped.append(error.name)
+            first_error = first_error or str(error)
+    raise DataError(
+        f"{num_tries} images in a row of {dataset.data_string!r} could not be read; the first: {first_error}. "
+        "Check that the files are complete and are images."
+    )
+
+
+class CorruptCounter:
+    """Counts unreadable images in the main process; names each once in the log.
+
+    Args:
+        max_corrupt_share: largest tolerated share of unreadable images among those read, in [0, 1].
+    """
+
+    def __init__(self, max_corrupt_share: float) -> None:
+        self.max_corrupt_share = max_corrupt_share
+        self.num_read = 0
+        self.num_corrupt = 0
+        self._named: set[str] = set()
+
+    def add(self, names: Iterable[str], num_read: int) -> None:
+        """Notes `num_read` images that were read and the names of those that could not be.
+
+        Raises:
+            DataError: too many, after at least `MIN_READS` attempts.
+        """
+        names = list(names)
+        self.num_read += num_read
+        self.num_corrupt += len(names)
+        for name in names:
+            if name not in self._named:
+                self._named.add(name)
+                logger.warning("Unreadable image skipped: %s", name)
+        num_attempts = self.num_read + self.num_corrupt
+        if num_attempts >= MIN_READS and self.num_corrupt > self.max_corrupt_share * num_attempts:
+            examples = ", ".join(sorted(self._named)[:3])
+            raise DataError(
+                f"{self.num_corrupt} of {num_attempts} images could not be read, more than "
+                f"train.max_corrupt_share={self.max_corrupt_share} allows; for example {examples}. "
+                "Repair or remove them, or raise train.max_corrupt_share."
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"num_read": self.num_read, "num_corrupt": self.num_corrupt}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.num_read = state["num_read"]
+        self.num_corrupt = state["num_corrupt"]

@@ -1,0 +1,75 @@
+"""Random resized crops from an explicit generator, and the canvas around a crop."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+RATIO_MIN_MAX = (3 / 4, 4 / 3)
+NUM_TRIES = 10
+
+
+class Box(NamedTuple):
+    """A rectangle in pixels of the image."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+    def enlarged(self, factor_width: float, factor_height: float) -> "Box":
+        """Around its centre."""
+        width, height = self.width * factor_width, self.height * factor_height
+        return Box(self.left - (width - self.width) / 2, self.top - (height - self.height) / 2, width, height)
+
+
+def draw_crop_box(size: tuple[int, int], scale: Sequence[float], generator: torch.Generator) -> Box:
+    """torchvision's RandomResizedCrop: the same numbers in the same order, but from `generator`.
+
+    Args:
+        size: (width, height) of the image.
+        scale: smallest and largest share of the image's area.
+    """
+    width, height = size
+    log_ratio = torch.log(torch.tensor(RATIO_MIN_MAX))
+    for _ in range(NUM_TRIES):
+        area = width * height * torch.empty(1).uniform_(scale[0], scale[1], generator=generator).item()
+        ratio = torch.exp(torch.empty(1).uniform_(log_ratio[0], log_ratio[1], generator=generator)).item()
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = torch.randint(0, height - crop_height + 1, (1,), generator=generator).item()
+            left = torch.randint(0, width - crop_width + 1, (1,), generator=generator).item()
+            return Box(left, top, crop_width, crop_height)
+
+    # No box fits, because the image is too long or too small: the largest central one.
+    crop_width = min(width, max(1, round(height * RATIO_MIN_MAX[1])))
+    crop_height = min(height, max(1, round(width / RATIO_MIN_MAX[0])))
+    return Box((width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height)
+
+
+def crop_resized(image: Image.Image, box: Box, size: tuple[int, int]) -> np.ndarray:
+    """The box, resized to `size` = (H, W) in one bicubic, antialiased resampling: [H, W, 3] uint8.
+
+    Where the box leaves the image, the image is mirrored at its border.
+    """
+    edges = (box.left, box.top, box.left + box.width, box.top + box.height)
+    if edges[0] < 0 or edges[1] < 0 or edges[2] > image.width or edges[3] > image.height:
+        image, (shift_x, shift_y) = _mirrored(image, edges)
+        edges = (edges[0] + shift_x, edges[1] + shift_y, edges[2] + shift_x, edges[3] + shift_y)
+    return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=edges))
+
+
+def _mirrored(image: Image.Image, edges: tuple[float, float, float, float]) -> tuple[Image.Image, tuple[int, int]]:
+    """The part of the image that `edges` (left, top, right, bottom) touch, padded to hold all of them; where its
+    coordinates begin."""
+    left, top, right, bottom = (math.floor(edges[0]), math.floor(edges[1]), math.ceil(edges[2]), math.ceil(edges[3]))
+    inside = image.crop((max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)))
+    padding = (
+        (max(-top, 0), max(bottom - image.height, 0)),
+        (max(-left, 0), max(right - image.width, 0)),
+        (0, 0),
+    )
+    return Image.fromarray(np.pad(np.asarray(inside), padding, mode="reflect")), (-left, -top)

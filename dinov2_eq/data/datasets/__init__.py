@@ -1,0 +1,32 @@
+"""Datasets, made from data strings such as `ImageFolder:root=/data/birds`."""
+
+from collections.abc import Callable
+
+from dinov2_eq.data.datasets.base import DataError, ImageDataset, UnreadableImage, require_labels
+from dinov2_eq.data.datasets.cifar10 import cifar10
+from dinov2_eq.data.datasets.data_string import build_from_table
+from dinov2_eq.data.datasets.folders import Folder, ImageFolder, imagenet
+from dinov2_eq.data.datasets.parquet import Parquet
+from dinov2_eq.data.datasets.shapes import Shapes
+
+# A dataset of your own: one line here; the arguments of what it names are the keys of its data string.
+DATASETS: dict[str, Callable[..., ImageDataset]] = {
+    "Folder": Folder,
+    "ImageFolder": ImageFolder,
+    "ImageNet": imagenet,
+    "CIFAR10": cifar10,
+    "Parquet": Parquet,
+    "Shapes": Shapes,
+}
+
+
+def build_dataset(string: str) -> ImageDataset:
+    """The dataset that a data string names.
+
+    Raises:
+        DataError: the string, or what it points to, is wrong.
+    """
+    return build_from_table(string, DATASETS)
+
+
+__all__ = ["DATASETS", "DataError", "ImageDataset", "UnreadableImage", "build_dataset", "require_labels"]

@@ -1,0 +1,154 @@
+"""Data loaders for training (an endless stream of views) and for evaluation (images and labels, in order)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import transforms
+
+from dinov2_eq.data.augmentations import MultiCrop
+from dinov2_eq.data.collate import Collate
+from dinov2_eq.data.corrupt import read_or_next
+from dinov2_eq.data.datasets import DataError, ImageDataset, UnreadableImage
+from dinov2_eq.data.masking import BlockMasking
+from dinov2_eq.data.samplers import StreamSampler
+from dinov2_eq.data.seeding import Stream, numpy_generator, torch_generator
+from dinov2_eq.types import CollatedBatch, Sample
+
+SMALL_IMAGE_SIZE = 64  # up to here, evaluation shows the whole short side
+RESIZE_FACTOR = 256 / 224
+
+
+class TrainingSamples(Dataset[Sample]):
+    """Reads and crops; a sample depends on (seed, position) and its image only, not on the worker."""
+
+    def __init__(self, dataset: ImageDataset, multi_crop: MultiCrop, seed: int) -> None:
+        self.dataset = dataset
+        self.multi_crop = multi_crop
+        self.seed = seed
+
+    def __getitem__(self, place: tuple[int, int]) -> Sample:
+        position, index = place
+        image, skipped = read_or_next(self.dataset, index)
+        generator = torch_generator(Stream.SAMPLE, self.seed, position)
+        return self.multi_crop(image, generator, position=position, skipped=skipped)
+
+
+def make_train_loader(
+    dataset: ImageDataset,
+    multi_crop: MultiCrop,
+    masking: BlockMasking,
+    *,
+    seed: int,
+    batch_size: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    start_position: int = 0,
+    num_workers: int = 0,
+) -> DataLoader[CollatedBatch]:
+    """An endless loader of `CollatedBatch` for one process.
+
+    What a position of the stream holds depends on the seed and on `global_batch_size` (masks) only: the batches of all
+    processes, put together, are the same for any `world_size`, `num_workers` and split into microbatches, and a loader
+    that starts at `start_position` goes on as if it had never stopped.
+
+    Args:
+        batch_size: images of one process in one microbatch.
+        global_batch_size: images of one optimizer step, over all processes and microbatches.
+        start_position: number of samples that all processes together have seen already.
+
+    Raises:
+        DataError: the dataset is empty.
+        ValueError: the processes' batches do not add up to the global batch.
+    """
+    if global_batch_size % (batch_size * world_size):
+        raise ValueError(
+            f"global_batch_size={global_batch_size} is not a multiple of batch_size={batch_size} times "
+            f"world_size={world_size}."
+        )
+    sampler = StreamSampler(len(dataset), seed, batch_size, rank, world_size, start_position)
+    return DataLoader(
+        TrainingSamples(dataset, multi_crop, seed),
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=Collate(masking, seed, global_batch_size),
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=use_one_thread,
+        generator=torch.Generator(),  # or the loader would draw from torch's own, which models use
+    )
+
+
+def to_device(batch: CollatedBatch, device: torch.device) -> CollatedBatch:
+    """Moves all tensors but the photometric parameters: `apply_photometric` wants those on the CPU."""
+    tensors = {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor)}
+    return batch._replace(**{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
+
+
+class EvaluationSamples(Dataset[tuple[Tensor, int]]):
+    """Images [3, S, S] uint8 and labels (-1 where there are none)."""
+
+    def __init__(self, dataset: ImageDataset, image_size: int) -> None:
+        resize = image_size if image_size <= SMALL_IMAGE_SIZE else round(image_size * RESIZE_FACTOR)
+        self.dataset = dataset
+        self.preprocess = transforms.Compose(
+            [
+                transforms.Resize(resize, interpolation=transforms.InterpolationMode.BICUBIC),
+                transforms.CenterCrop(image_size),
+                transforms.PILToTensor(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        label = -1 if self.dataset.labels is None else int(self.dataset.labels[index])
+        return self.preprocess(self._read(index)), label
+
+    def _read(self, index: int) -> Image.Image:
+        try:
+            return self.dataset.read(index)
+        except UnreadableImage as error:
+            raise DataError(f"Cannot evaluate on an image that cannot be read: {error}. Repair or remove it.") from None
+
+
+def make_eval_loader(
+    dataset: ImageDataset, indices: Sequence[int], image_size: int, batch_size: int, num_workers: int = 0
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Batches of (images [B, 3, S, S] float in [0, 1], not normalised; labels [B] int64, -1 without labels), in order.
+
+    The short side is resized to 256/224 of `image_size` = S (bicubic), then the centre is cropped, as DINOv2 does; up
+    to S = 64 the short side is resized to S.
+
+    Raises:
+        DataError: while iterating, when an image cannot be read.
+    """
+    return DataLoader(
+        Subset(EvaluationSamples(dataset, image_size), [int(index) for index in indices]),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=_collate_evaluation,
+        worker_init_fn=use_one_thread,
+        generator=torch.Generator(),
+    )
+
+
+def _collate_evaluation(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images).float() / 255, torch.tensor(labels, dtype=torch.int64)
+
+
+def fixed_subset(num_images: int, max_images: int, seed: int = 0) -> np.ndarray:
+    """Indices [min(num_images, max_images)] int64: the first so many of a fixed shuffle, sorted."""
+    order = numpy_generator(Stream.SUBSET, seed).permutation(num_images)
+    return np.sort(order[:max_images])
+
+
+def use_one_thread(worker_id: int) -> None:
+    """Each worker process computes on one thread: there are as many workers as there is work for."""
+    torch.set_num_threads(1)

@@ -1,0 +1,82 @@
+"""Block masks for iBOT, as DINOv2 draws them (BEiT's block-wise masking, arXiv 2106.08254, algorithm 1)."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov2_eq.data.seeding import Stream, numpy_generator
+
+MIN_BLOCK_PATCHES = 4
+MIN_ASPECT = 0.3
+NUM_ATTEMPTS = 10
+
+
+class BlockMasking:
+    """Masks for the global crops of one step.
+
+    Of all crops of the step, over all processes, exactly floor(`sample_probability` * number) get a mask. Their ratios
+    are stratified: [min, max] of `ratio_min_max` is cut into as many equal buckets, and each mask draws its ratio from
+    a bucket of its own. Every crop (slot) has its own random numbers, fixed by (seed, step, slot): a process draws only
+    the masks of its own slots.
+
+    Args:
+        grid: (h, w) in patches.
+        ratio_min_max: share of the patches that a mask hides.
+        sample_probability: share of the crops that get a mask; 0: none does.
+    """
+
+    def __init__(self, grid: tuple[int, int], ratio_min_max: tuple[float, float], sample_probability: float) -> None:
+        self.grid = grid
+        self.ratio_min_max = ratio_min_max
+        self.sample_probability = sample_probability
+
+    def __call__(self, num_crops_total: int, slots: Sequence[int], seed: int, step: int) -> Tensor:
+        """Masks [len(slots), h * w] bool of the given slots, out of 0 .. num_crops_total - 1."""
+        num_masked = int(num_crops_total * self.sample_probability)
+        bucket_of_slot = numpy_generator(Stream.MASK_ASSIGNMENT, seed, step).permutation(num_crops_total)
+        edges = np.linspace(*self.ratio_min_max, num_masked + 1)
+        masks = np.zeros((len(slots), *self.grid), dtype=bool)
+        for mask, slot in zip(masks, slots, strict=True):
+            bucket = bucket_of_slot[slot]
+            if bucket < num_masked:
+                generator = numpy_generator(Stream.MASK, seed, step, slot)
+                ratio = generator.uniform(edges[bucket], edges[bucket + 1])
+                draw_blocks(mask, int(mask.size * ratio), generator)
+        return torch.from_numpy(masks).flatten(1)
+
+
+def draw_blocks(mask: np.ndarray, target: int, generator: np.random.Generator) -> None:
+    """Adds rectangles to `mask` [h, w] until `target` patches are masked.
+
+    Never exceeds the target; about one mask in ten falls short of it by a few patches, where no rectangle fits.
+    """
+    height, width = mask.shape
+    max_patches = (height // 2) * width
+    num_masked = 0
+    while num_masked < target:
+        added = _add_block(mask, min(target - num_masked, max_patches), generator)
+        if not added:
+            break
+        num_masked += added
+
+
+def _add_block(mask: np.ndarray, max_new: int, generator: np.random.Generator) -> int:
+    """Tries to mask one more rectangle; returns the number of patches it adds, at most `max_new`."""
+    height, width = mask.shape
+    for _ in range(NUM_ATTEMPTS):
+        area = MIN_BLOCK_PATCHES + (max_new - MIN_BLOCK_PATCHES) * generator.random()
+        aspect = math.exp(generator.uniform(math.log(MIN_ASPECT), -math.log(MIN_ASPECT)))
+        block_height, block_width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if block_height >= height or block_width >= width:
+            continue
+        top = generator.integers(0, height - block_height, endpoint=True)
+        left = generator.integers(0, width - block_width, endpoint=True)
+        block = mask[top : top + block_height, left : left + block_width]
+        num_new = block.size - int(block.sum())
+        if 0 < num_new <= max_new:
+            block[:] = True
+            return num_new
+    return 0

@@ -1,0 +1,102 @@
+"""Decoders D_k: from the equivariant tokens of both views to one intermediate image (arXiv 2503.18753, section 3).
+
+All decoders have one signature, `decoder(anchor, transformed, grid) -> image`: tokens [B, N, D_equi] of the two views,
+the token grid (h, w) with h * w = N, and an image [B, 3, h * patch_size, w * patch_size] in normalised pixel values.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2_eq.layers.block import Block
+from dinov2_eq.layers.cross_attention import CrossAttention
+
+NUM_CONVOLUTIONS = 4  # as in the paper
+HEAD_DIM = 64
+
+
+class ConvDecoder(nn.Module):
+    """One linear layer on the concatenated tokens of both views, then four convolutions that grow to the image.
+
+    The growth is spread evenly: each convolution enlarges the map by patch_size ** (1/4).
+    """
+
+    def __init__(self, equivariant_dim: int, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.linear = nn.Linear(2 * equivariant_dim, dim)
+        widths = [max(dim // 2**level, 8) for level in range(NUM_CONVOLUTIONS)] + [3]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(widths[level], widths[level + 1], kernel_size=3, padding=1) for level in range(NUM_CONVOLUTIONS)
+        )
+
+    def init_weights(self) -> None:
+        for layer in (self.linear, *self.convs):
+            layer.reset_parameters()
+
+    def forward(self, anchor: Tensor, transformed: Tensor, grid: tuple[int, int]) -> Tensor:
+        tokens = self.linear(torch.cat([anchor, transformed], dim=-1))  # [B, N, D]
+        maps = tokens.transpose(1, 2).unflatten(2, grid)  # [B, D, h, w]
+        for level, conv in enumerate(self.convs, start=1):
+            growth = self.patch_size ** (level / NUM_CONVOLUTIONS)
+            size = [round(side * growth) for side in grid]
+            maps = conv(F.interpolate(F.gelu(maps), size=size, mode="bilinear", align_corners=False))
+        return maps
+
+
+class CrossAttentionDecoder(nn.Module):
+    """One cross-attention layer (queries: transformed view; keys and values: anchor view), `depth` self-attention
+    layers, one linear layer to pixels (the structure of arXiv 2412.03314; the sizes are ours)."""
+
+    def __init__(self, equivariant_dim: int, patch_size: int, dim: int, depth: int, attention: str) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        num_heads = dim // HEAD_DIM
+        self.linear = nn.Linear(equivariant_dim, dim)
+        self.query_norm, self.context_norm = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.cross_attention = CrossAttention(dim, num_heads, backend=attention)
+        self.blocks = nn.ModuleList(Block(dim, num_heads, backend=attention) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pixels = nn.Linear(dim, 3 * patch_size**2)
+
+    def init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
+    def forward(self, anchor: Tensor, transformed: Tensor, grid: tuple[int, int]) -> Tensor:
+        anchor, queries = self.linear(anchor), self.linear(transformed)  # [B, N, D]
+        tokens = queries + self.cross_attention(self.query_norm(queries), self.context_norm(anchor))
+        for block in self.blocks:
+            tokens = block(tokens)
+        patches = self.pixels(self.norm(tokens))  # [B, N, 3 p p]
+        # Each token's vector is one p x p patch: fold puts them side by side.
+        size = [side * self.patch_size for side in grid]
+        return F.fold(patches.transpose(1, 2), size, kernel_size=self.patch_size, stride=self.patch_size)
+
+
+DECODERS = ("conv", "cross_attention")
+
+
+def build_decoder(
+    name: str, *, equivariant_dim: int, patch_size: int, dim: int, depth: int, attention: str = "auto"
+) -> nn.Module:
+    """One decoder; `depth` counts the self-attention layers of `cross_attention`, `attention` is their backend.
+
+    Raises:
+        ValueError: unknown name, or a width that a decoder cannot have.
+    """
+    if name == "conv":
+        return ConvDecoder(equivariant_dim, patch_size, dim)
+    if name == "cross_attention":
+        if dim % HEAD_DIM:
+            raise ValueError(
+                f"equivariance.decoder_dim={dim}: the cross_attention decoder has heads of {HEAD_DIM} channels; "
+                f"give a multiple of {HEAD_DIM}"
+            )
+        return CrossAttentionDecoder(equivariant_dim, patch_size, dim, depth, attention)
+    raise ValueError(f"equivariance.decoder={name!r}: unknown decoder; available: {', '.join(DECODERS)}")

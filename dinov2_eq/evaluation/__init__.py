@@ -1,0 +1,1 @@
+"""Trained encoders, read from files, and the results of evaluating them."""

@@ -1,0 +1,47 @@
+"""Results files."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def results_folder(pretrained_weights: str | Path, output_dir: str | Path | None) -> Path:
+    """`output_dir`, or where the weights are: the run folder, or the folder of the checkpoint."""
+    if output_dir:
+        return Path(output_dir)
+    path = Path(pretrained_weights)
+    return path if path.is_dir() else path.parent
+
+
+def check_writable(folder: Path) -> None:
+    """Makes the folder, so that a long evaluation does not end in vain.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"Results cannot be written to {folder} ({error.strerror or error}); choose another --output-dir"
+        ) from None
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> Path:
+    """Writes JSON that any parser reads, whole or not at all; makes the folder.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+        ValueError: the results hold NaN or infinity, which JSON has no word for.
+    """
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    check_writable(path.parent)
+    temporary = path.with_name(f"{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path

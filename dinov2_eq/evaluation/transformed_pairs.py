@@ -1,0 +1,178 @@
+"""Features of images I and of transformed images g(I), for several transforms and borders in one pass over the data.
+
+What comes in at the border may give a geometric transform away, so each is measured three times: "zeros" (black comes
+in, as in the papers), "masked" (the same, and only a disc that no border pixel can reach is shown), "canvas" (I is the
+centre of a larger image, so that real pixels come in). Other transforms: "none" and, for comparison, "masked".
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from torchvision import transforms
+from tqdm import tqdm
+
+from dinov2_eq.data.datasets import ImageDataset
+from dinov2_eq.data.loaders import EvaluationSamples, use_one_thread
+from dinov2_eq.equivariance.transforms import Transform
+from dinov2_eq.evaluation.encoder import Encoder
+from dinov2_eq.probes.features import pooled_features, require_finite
+
+
+class Appearance(NamedTuple):
+    """How the image I looks, apart from g."""
+
+    side: int  # pixels the image is read with; I is its centre
+    mask_radius: float | None  # pixels of the disc that is shown; None: everything
+
+
+class Setting(NamedTuple):
+    """One transform under one border."""
+
+    task: str
+    border: str  # zeros, masked, canvas or none
+    transform: Transform
+    appearance: Appearance
+
+
+def settings_of(task: str, transform: Transform, image_size: int) -> list[Setting]:
+    """The borders a transform is measured with.
+
+    Raises:
+        ValueError: shifts so large that no disc is left.
+    """
+    (canvas_side, _) = transform.canvas_size((image_size, image_size))
+    limits = dict(zip(transform.components, transform.high.tolist(), strict=True))
+    max_shift = max(limits.get("shift_x", 0.0), limits.get("shift_y", 0.0))
+    # Within this radius, bilinear sampling of I takes all four neighbours from inside the image.
+    radius = (image_size - 1) / 2 - max_shift * image_size
+    if radius < 1:
+        raise ValueError(f"{task}: shifts up to {max_shift:g} of the side leave nothing to see; choose a smaller range")
+    borders = {"masked": Appearance(image_size, radius)}
+    if canvas_side == image_size:
+        borders = {"none": Appearance(image_size, None), **borders}
+    else:
+        borders = {"zeros": Appearance(image_size, None), **borders, "canvas": Appearance(canvas_side, None)}
+    return [Setting(task, border, transform, appearance) for border, appearance in borders.items()]
+
+
+def draw_theta(task: str, transform: Transform, num_images: int, draws: int, split: str) -> Tensor:
+    """Parameters [draws, N, P], always the same for the same arguments; all borders of a task share them."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{task}.{split}".encode()))
+    return torch.stack([transform.sample(num_images, generator) for _ in range(draws)])
+
+
+class SizedImages(EvaluationSamples):
+    """Each image decoded once and resized to several sides: {side: [3, side, side] uint8}.
+
+    `image_size` is read as every evaluation reads it; other sides show the whole short side.
+    """
+
+    def __init__(self, dataset: ImageDataset, image_size: int, sides: Sequence[int]) -> None:
+        super().__init__(dataset, image_size)
+        bicubic = transforms.InterpolationMode.BICUBIC
+        self.resize = {
+            side: transforms.Compose(
+                [transforms.Resize(side, bicubic), transforms.CenterCrop(side), transforms.PILToTensor()]
+            )
+            for side in sides
+        }
+        self.resize[image_size] = self.preprocess
+
+    def __getitem__(self, index: int) -> dict[int, Tensor]:
+        image = self._read(index)
+        return {side: resize(image) for side, resize in self.resize.items()}
+
+
+class PairFeatures:
+    """What `extract_pairs` finds; an I that several settings share is held once."""
+
+    def __init__(self, features: dict[tuple[str, Appearance | Setting], Tensor]) -> None:
+        self._features = features  # [draws, N, D], [1, N, D] for an I
+
+    def pairs(self, encoder: str, setting: Setting) -> Tensor:
+        """[draws * N, 2D] float32 on the CPU: features of I and of g(I), concatenated; the first N are of draw one."""
+        transformed = self._features[encoder, setting]
+        original = self._features[encoder, setting.appearance].expand_as(transformed)
+        return torch.cat([original, transformed], dim=2).flatten(0, 1)
+
+
+def extract_pairs(
+    encoders: dict[str, Encoder],
+    settings: Sequence[Setting],
+    theta: dict[str, Tensor],
+    dataset: ImageDataset,
+    indices: Sequence[int],
+    *,
+    mode: str,
+    device: torch.device,
+    batch_size: int,
+    num_workers: int,
+) -> PairFeatures:
+    """Features of I and g(I) for every encoder and setting.
+
+    Each image is decoded once; the features of an I that several settings share are computed once. The encoders, in
+    eval mode on `device`, must agree on image size.
+
+    Args:
+        encoders: by name.
+        theta: [draws, N, P] by task.
+        mode: which features, see `pooled_features`.
+
+    Raises:
+        ValueError: features that are NaN or infinite.
+    """
+    size = next(iter(encoders.values())).image_size
+    sides = [setting.appearance.side for setting in settings]
+    loader = DataLoader(
+        Subset(SizedImages(dataset, size, sides), [int(index) for index in indices]),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        worker_init_fn=use_one_thread,
+        generator=torch.Generator(),
+    )
+    features: dict[tuple[str, Appearance | Setting], list[Tensor]] = {}
+
+    def encode(key: Appearance | Setting, images: Tensor) -> None:
+        for name, encoder in encoders.items():
+            rows = [
+                pooled_features(encoder.backbone, draw, mean=encoder.mean, std=encoder.std, mode=mode).cpu()
+                for draw in images  # [draws, B, 3, S, S]
+            ]
+            features.setdefault((name, key), []).append(torch.stack(rows))  # [draws, B, D]
+
+    start = 0
+    for uint8_images in tqdm(loader, unit="batch", disable=None):
+        images = {side: batch.to(device).float() / 255 for side, batch in uint8_images.items()}
+        stop = start + len(images[size])
+        for appearance in dict.fromkeys(setting.appearance for setting in settings):
+            encode(appearance, _show(_centre(images[appearance.side], size), appearance)[None])
+        for setting in settings:
+            canvas = images[setting.appearance.side]
+            moved = [
+                setting.transform.apply(canvas, draw[start:stop].to(device), (size, size))
+                for draw in theta[setting.task]
+            ]
+            encode(setting, _show(torch.stack(moved), setting.appearance))
+        start = stop
+    whole = {key: torch.cat(batches, dim=1) for key, batches in features.items()}
+    for found in whole.values():
+        require_finite(found.flatten(0, 1))
+    return PairFeatures(whole)
+
+
+def _centre(images: Tensor, size: int) -> Tensor:
+    """The central [..., size, size] of square images."""
+    margin = (images.shape[-1] - size) // 2
+    return images[..., margin : margin + size, margin : margin + size]
+
+
+def _show(images: Tensor, appearance: Appearance) -> Tensor:
+    """Black outside the disc of the mask."""
+    if appearance.mask_radius is None:
+        return images
+    offset = torch.arange(images.shape[-1], device=images.device) - (images.shape[-1] - 1) / 2
+    return images * (torch.hypot(offset[:, None], offset[None, :]) <= appearance.mask_radius)

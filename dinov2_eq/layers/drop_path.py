@@ -1,0 +1,42 @@
+"""Stochastic depth (Huang et al., arXiv 1603.09382) that does not compute what it drops, as in DINOv2 (section 5)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dinov2_eq.layers.attention import CropShapes
+
+
+def add_branch(
+    x: Tensor, branch: Callable[[Tensor, CropShapes], Tensor], crop_shapes: CropShapes, drop_rate: float
+) -> Tensor:
+    """x + branch(x), where the branch sees a random part of the samples of each group and is scaled up accordingly.
+
+    start = 0
+    for b, tokens in crop_shapes:
+        group = x[start : start + b * tokens].view(b, tokens, D)
+        k = max(floor(b * (1 - drop_rate)), 1)        # so a group of one sample is never dropped
+        for sample in randperm(b)[:k]:
+            group[sample] += b / k * branch(group[sample])
+        start += b * tokens
+
+    Args:
+        x: [T, D], the tokens of all groups one after the other.
+        branch: called once, with the tokens that are kept, [T_kept, D], and their shapes.
+        crop_shapes: (batch, tokens) of each group.
+        drop_rate: in [0, 1); 0 draws no random number.
+    """
+    if drop_rate == 0:
+        return x + branch(x, crop_shapes)
+    rows, scales, kept_shapes, start = [], [], [], 0
+    for batch, tokens in crop_shapes:
+        num_kept = max(int(batch * (1 - drop_rate)), 1)
+        samples = torch.randperm(batch, device=x.device)[:num_kept]
+        rows.append((start + samples[:, None] * tokens + torch.arange(tokens, device=x.device)).flatten())
+        scales.append(torch.full((num_kept * tokens, 1), batch / num_kept, device=x.device))
+        kept_shapes.append((num_kept, tokens))
+        start += batch * tokens
+    kept_rows = torch.cat(rows)  # [T_kept]
+    update = torch.cat(scales) * branch(x[kept_rows], kept_shapes)  # [T_kept, D]
+    return x.index_add(0, kept_rows, update.to(x.dtype))

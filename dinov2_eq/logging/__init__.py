@@ -1,0 +1,6 @@
+"""Logs for people (`setup_logging`), metrics for programs (`MetricLogger`), what a run consists of (`describe_run`)."""
+
+from dinov2_eq.logging.metrics import MetricLogger
+from dinov2_eq.logging.setup import describe_run, setup_logging
+
+__all__ = ["MetricLogger", "describe_run", "setup_logging"]

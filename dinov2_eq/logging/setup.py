@@ -1,0 +1,66 @@
+"""Where log lines go, and the description of code and machine that every run leaves behind."""
+
+import logging
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dinov2_eq import __version__
+from dinov2_eq.distributed import get_rank, is_main_process
+
+FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
+PACKAGES = ("torch", "torchvision", "xformers", "kornia", "numpy")
+
+
+class _AboveProgressBar(logging.Handler):
+    """Prints above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
+def setup_logging(folder: Path | None = None) -> None:
+    """Log lines of the main process go to the terminal; those of every process to `<folder>/logs/log.<rank>.txt`."""
+    handlers: list[logging.Handler] = []
+    if is_main_process():
+        handlers.append(_AboveProgressBar())
+    if folder is not None:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(folder / "logs" / f"log.{get_rank()}.txt"))
+    logging.basicConfig(level=logging.INFO, format=FORMAT, datefmt="%Y-%m-%d %H:%M:%S", handlers=handlers, force=True)
+
+
+def describe_run() -> dict[str, str]:
+    """Versions, machine and, from a checkout, the commit and whether it has uncommitted changes."""
+    description = {
+        "dinov2_eq": __version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"cpu, {torch.get_num_threads()} threads",
+    }
+    for package in PACKAGES:
+        try:
+            description[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            description[package] = "not installed"
+    description["commit"] = _commit()
+    return description
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).parent
+        return subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "not a git checkout"

@@ -1,0 +1,1 @@
+"""What frozen features know: algorithms on tensors, without files and without config."""

@@ -1,0 +1,80 @@
+"""Weighted k-NN classification (Wu et al., arXiv 1805.01978, section 3.4), as DINO and DINOv2 evaluate."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_SIMILARITIES = 2**25  # in memory at a time
+
+
+def knn_predict(
+    train_features: Tensor, train_labels: Tensor, val_features: Tensor, ks: Sequence[int], temperature: float = 0.07
+) -> Iterator[dict[int, Tensor]]:
+    """Votes of the k nearest training images, for a chunk of the test images at a time.
+
+    With s_j the cosine similarities of the max(ks) nearest images, and w their softmax at the temperature:
+
+        score(class) = sum of w_j over the k nearest images j with that label
+
+    Args:
+        train_features: [N, D]; everything is computed on their device.
+        train_labels: [N] int64, 0 .. num_classes - 1.
+        val_features: [M, D].
+        ks: numbers of neighbours, each in 1 .. N.
+
+    Yields:
+        scores by k, each [m, num_classes]; the chunks of m images follow the order of `val_features`.
+
+    Raises:
+        ValueError: a k that is not in 1 .. N.
+    """
+    num_train = len(train_features)
+    wrong = [k for k in ks if not 1 <= k <= num_train]
+    if wrong or not ks:
+        raise ValueError(
+            f"k-NN with k = {', '.join(map(str, wrong)) or 'nothing'} cannot vote among {num_train} training images; "
+            f"k must be in 1 .. {num_train}. Choose a smaller k, or more training images."
+        )
+    device = train_features.device
+    train = F.normalize(train_features, dim=1).T  # [D, N]
+    labels = train_labels.to(device)
+    num_classes = int(labels.max()) + 1
+    for chunk in val_features.split(max(1, MAX_SIMILARITIES // num_train)):
+        similarities = F.normalize(chunk.to(device), dim=1) @ train  # [m, N]
+        nearest, indices = similarities.topk(max(ks), dim=1)  # [m, max_k], nearest first
+        weights = (nearest / temperature).softmax(dim=1)
+        votes = labels[indices]
+        empty = weights.new_zeros(len(chunk), num_classes)
+        yield {k: empty.scatter_add(1, votes[:, :k], weights[:, :k]) for k in ks}
+
+
+def knn_accuracy(
+    train_features: Tensor,
+    train_labels: Tensor,
+    val_features: Tensor,
+    val_labels: Tensor,
+    ks: Sequence[int],
+    temperature: float = 0.07,
+) -> dict[int, dict[str, float]]:
+    """Accuracies in per cent, {k: {"top1": ..., "top5": ...}}; top5 is left out below 5 classes.
+
+    Arguments and errors are those of `knn_predict`. A class for which nobody voted is no answer: it does not count
+    as one of the five, so with few neighbours top5 has fewer than five guesses.
+    """
+    correct = {k: torch.zeros(5) for k in ks}  # by place in the ranking
+    start = 0
+    for scores_by_k in knn_predict(train_features, train_labels, val_features, ks, temperature):
+        for k, scores in scores_by_k.items():
+            best, ranking = scores.topk(min(5, scores.shape[1]), dim=1)  # [m, <= 5]
+            labels = val_labels[start : start + len(scores)].to(scores.device)
+            hits = (ranking == labels[:, None]) & (best > 0)
+            correct[k][: hits.shape[1]] += hits.sum(dim=0).cpu()
+        start += len(scores)
+    accuracies = {}
+    for k, hits in correct.items():
+        accuracies[k] = {"top1": 100 * hits[0].item() / len(val_features)}
+        if len(train_labels.unique()) >= 5:
+            accuracies[k]["top5"] = 100 * hits.sum().item() / len(val_features)
+    return accuracies

@@ -1,0 +1,108 @@
+"""The page as a whole."""
+
+import datetime
+from collections.abc import Mapping, Sequence
+from html import escape
+from string import Template
+
+from dinov2_eq.report import pictures, sections
+from dinov2_eq.report.feature_maps import PatchFeatures
+from dinov2_eq.report.html import badge
+from dinov2_eq.report.runs import Run
+from dinov2_eq.report.style import CSS
+
+PAGE = Template("""\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>$title</title>
+<style>$css</style>
+</head>
+<body>
+<header>
+<p class="kicker">dinov2_eq training report</p>
+<h1>$title</h1>
+<p><a href="#overview">What was trained</a>, <a href="#losses">how the losses went</a>,
+<a href="#knn">what k-NN finds in the features</a>, <a href="#reconstructions">what the decoders reconstruct</a>,
+<a href="#feature-maps">whether the patch features turn with the image</a>, and
+<a href="#equivariance">how well the transform can be read from them</a>. Each run keeps its letter and colour
+throughout.</p>
+</header>
+<nav aria-label="Runs">$legend</nav>
+<main>$sections</main>
+<footer>Written on $date by <code>dinov2-eq report</code>. The page holds all it shows and loads nothing.</footer>
+</body>
+</html>
+""")
+
+SECTION = Template('<section id="$anchor"><h2>$title</h2><p class="claim">$claim</p>$body</section>\n')
+
+CLAIMS = {
+    "overview": (
+        "The runs side by side",
+        "A dot marks the settings in which the runs differ. R\u00b2 is given where no border shows, pooled over the "
+        "parameters of the transform.",
+    ),
+    "losses": (
+        "Losses",
+        "Each term before its weight, so that a panel compares the same quantity between runs even where the weights "
+        "differ. Long curves are averaged over 300 equal windows.",
+    ),
+    "knn": (
+        "k-NN accuracy",
+        "Whether the class token still says what an image shows: the equivariance task should not cost accuracy "
+        "against the run without it.",
+    ),
+    "reconstructions": (
+        "Reconstructions as training went on",
+        "From the equivariant features of v\u2081 and v\u2082 alone, one decoder for each target paints the view that "
+        "lies part of the way from u to v\u2082. From left to right, the reconstructions should "
+        "take on the shape and the orientation of the target. Under each step, the peak signal-to-noise ratio over "
+        "all stored images: 3 dB more is half the squared error.",
+    ),
+    "feature-maps": (
+        "Do the features turn with the image?",
+        "The first three principal components of the teacher's patch tokens as red, green and blue, fitted once per "
+        "run on all its maps. Look for a map that turns with the image and keeps its colours; colours that stay in "
+        "place follow the position in the frame instead. Colours do not compare between runs.",
+    ),
+    "equivariance": (
+        "Reading the transform from the features",
+        "A probe on frozen features of an image and its transformed copy predicts the parameters of the transform: "
+        "R\u00b2 = 1 is perfect, 0 no better than a constant. The tick across a bar is the same network untrained. "
+        "Trust the full bars (<em>none</em>, <em>canvas</em>): no border is visible there. Faint bars "
+        "(<em>masked</em>, <em>zeros</em>) have seen a border, and black corners give the angle away without learning.",
+    ),
+}
+
+
+def render_page(runs: Sequence[Run], patch_features: Mapping[str, PatchFeatures]) -> str:
+    """One HTML page that needs no other file and no network.
+
+    Args:
+        runs: what `load_runs` returns.
+        patch_features: run name -> function from images [B, H, W, 3] in uint8 to patch tokens [B, h, w, D]; a run
+            without an entry gets a sentence instead of feature maps.
+    """
+    bodies = {
+        "overview": sections.overview(runs),
+        "losses": sections.losses(runs),
+        "knn": sections.knn(runs),
+        "reconstructions": pictures.reconstructions(runs),
+        "feature-maps": pictures.feature_maps(runs, patch_features),
+        "equivariance": sections.equivariance(runs),
+    }
+    return PAGE.substitute(
+        title=escape(" and ".join(run.name for run in runs) if len(runs) <= 2 else f"{len(runs)} runs side by side"),
+        css=CSS,
+        legend="".join(f"<span>{badge(run)} {escape(run.name)}</span>" for run in runs),
+        sections="".join(
+            SECTION.substitute(anchor=anchor, title=title, claim=claim, body=bodies[anchor])
+            for anchor, (title, claim) in CLAIMS.items()
+        ),
+        date=datetime.date.today().isoformat(),
+    )

@@ -1,0 +1,159 @@
+"""What a report reads: run folders, as a training and its evaluations left them."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+# Okabe and Ito's order, shifted to mid tones that stand out from white and from near black.
+COLORS = ("#2b7bba", "#e07b1a", "#2a9d78", "#c4579a", "#8a6fd1", "#a8842c", "#4fa8d8", "#c8473f")
+
+EXPECTED = """\
+  config.yaml                                    the resolved config (a run folder must have it)
+  training_metrics.jsonl                         loss curves and online k-NN
+  samples/step_<step>.npz                        views, targets and reconstructions
+  eval/training_<step>/teacher_checkpoint.pth    the encoder for the feature maps
+  results_eval_knn.json                          from `dinov2-eq eval knn`
+  results_eval_equivariance.json                 from `dinov2-eq eval equivariance`"""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What one `samples/step_<step>.npz` holds, in uint8 RGB; `reconstructions` is None where there is no decoder."""
+
+    step: int
+    anchor_view: np.ndarray  # [R, H, W, 3]
+    base_view: np.ndarray  # [R, H, W, 3]
+    transformed_view: np.ndarray  # [R, H, W, 3]
+    intermediate_targets: np.ndarray  # [K, R, H, W, 3]
+    reconstructions: np.ndarray | None  # [K, R, H, W, 3]
+    fractions: np.ndarray  # [K]
+    theta: np.ndarray  # [R, P]
+
+    def same_images(self, other: "Snapshot") -> bool:
+        """Whether both show the same images under the same transform, so that their reconstructions compare."""
+        return np.array_equal(self.base_view, other.base_view) and np.array_equal(
+            self.transformed_view, other.transformed_view
+        )
+
+    def psnr(self) -> float:
+        """Peak signal-to-noise ratio in dB of the reconstructions against the targets, over all images and K."""
+        error = self.reconstructions.astype(np.float64) - self.intermediate_targets
+        return float(10 * np.log10(255**2 / max(np.mean(error**2), 1e-12)))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder; whatever it lacks is empty or None."""
+
+    folder: Path
+    name: str  # as short as tells the runs of this report apart
+    letter: str
+    color: str  # "#rrggbb", the same wherever the run appears
+    config: dict[str, Any]
+    metrics: list[dict[str, float]]  # one dict a step, ascending
+    snapshots: list[Path]  # samples/step_*.npz, ascending
+    teacher_checkpoint: Path | None  # the newest
+    knn: dict[str, Any] | None
+    equivariance: dict[str, Any] | None
+
+    @property
+    def reconstructs(self) -> bool:
+        return self.config["equivariance"]["enabled"] and self.config["equivariance"]["loss_weight"] > 0
+
+    def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of one logged quantity, both [n]; n = 0 where the run never logged it."""
+        points = [(line["step"], line[key]) for line in self.metrics if key in line]
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        return np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
+
+
+def load_runs(folders: Sequence[Path]) -> list[Run]:
+    """Reads run folders, in the order given, and gives each a letter and a colour.
+
+    Raises ValueError where a folder is no run, a folder is given twice, or more runs are given than colours exist.
+    """
+    if not 1 <= len(folders) <= len(COLORS):
+        raise ValueError(f"A report shows 1 to {len(COLORS)} runs, but {len(folders)} were given. Leave some out.")
+    resolved = [folder.resolve() for folder in folders]
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(f"A run folder is given twice: {', '.join(map(str, folders))}. Name each once.")
+    for folder in resolved:
+        if not (folder / "config.yaml").is_file():
+            raise ValueError(f"{folder} is no run folder: it has no config.yaml. A report looks for:\n{EXPECTED}")
+    parent = Path(os.path.commonpath([folder.parent for folder in resolved]))
+    return [
+        _load_run(folder, folder.relative_to(parent).as_posix(), chr(ord("A") + i), COLORS[i])
+        for i, folder in enumerate(resolved)
+    ]
+
+
+def load_snapshot(path: Path) -> Snapshot:
+    """Reads one samples file; raises ValueError naming the arrays that it lacks."""
+    with np.load(path, allow_pickle=False) as arrays:
+        found = {name: arrays[name] for name in arrays.files}
+    names = set(Snapshot.__dataclass_fields__) - {"step"}
+    if missing := names - {"reconstructions"} - set(found):
+        raise ValueError(f"{path} lacks the arrays {sorted(missing)}; it was not written by this trainer's sampling.")
+    kept = {name: found[name] for name in names & set(found)}
+    return Snapshot(**{"reconstructions": None, **kept}, step=_step_in(path.stem))
+
+
+def _load_run(folder: Path, name: str, letter: str, color: str) -> Run:
+    checkpoints = folder.glob("eval/training_*/teacher_checkpoint.pth")
+    return Run(
+        folder=folder,
+        name=name,
+        letter=letter,
+        color=color,
+        config=_read_config(folder / "config.yaml"),
+        metrics=_read_metrics(folder / "training_metrics.jsonl"),
+        snapshots=sorted(folder.glob("samples/step_*.npz"), key=lambda path: _step_in(path.stem)),
+        teacher_checkpoint=max(checkpoints, key=lambda path: _step_in(path.parent.name), default=None),
+        knn=_read_json(folder / "results_eval_knn.json"),
+        equivariance=_read_json(folder / "results_eval_equivariance.json"),
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = OmegaConf.to_container(OmegaConf.load(path))
+    sections = ("equivariance", "student", "optim", "crops", "train", "evaluation")
+    lacking = [name for name in sections if name not in config]
+    if lacking:
+        raise ValueError(
+            f"{path} has no section {', '.join(lacking)}. A report needs the resolved config that training writes into "
+            "its output folder, not a file of differences."
+        )
+    return config
+
+
+def _read_metrics(path: Path) -> list[dict[str, float]]:
+    """A resumed run may repeat steps: the later line wins, and a half-written last line is left out."""
+    if not path.is_file():
+        return []
+    by_step: dict[int, dict[str, float]] = {}
+    complete_lines = path.read_text().split("\n")[:-1]
+    for number, line in enumerate(complete_lines, start=1):
+        try:
+            values = json.loads(line)
+            step = values["step"]
+        except (json.JSONDecodeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number}: no JSON object with a `step` ({error}): {line[:80]!r}") from error
+        by_step[step] = by_step.get(step, {}) | values
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _step_in(name: str) -> int:
+    digits = name.rpartition("_")[2]
+    if not digits.isdigit():
+        raise ValueError(f"{name!r} does not end in a step number, as in step_0000500 or training_500.")
+    return int(digits)

@@ -1,0 +1,72 @@
+"""The console program `dinov2-eq`."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from dinov2_eq import __version__
+
+COMMANDS = {
+    "train": ("dinov2_eq.train.train", "pretrain a backbone"),
+    "eval knn": ("dinov2_eq.eval.knn", "k-NN classification with frozen features"),
+    "eval equivariance": ("dinov2_eq.eval.equivariance", "how well frozen features tell how an image was transformed"),
+    "report": ("dinov2_eq.tools.report", "one HTML page about one or several runs"),
+}
+
+
+def usage() -> str:
+    lines = [
+        f"dinov2-eq {__version__}: DINOv2-style pretraining that keeps how an image is transformed",
+        "",
+        "commands:",
+    ]
+    lines += [f"  dinov2-eq {name:<18} {summary}" for name, (_, summary) in COMMANDS.items()]
+    lines += ["", "'dinov2-eq COMMAND --help' lists the flags of a command."]
+    return "\n".join(lines)
+
+
+def find_command(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that `argv` starts with, and the rest.
+
+    Raises:
+        ValueError: no such command.
+    """
+    for length in (2, 1):
+        name = " ".join(argv[:length])
+        if name in COMMANDS:
+            return name, list(argv[length:])
+    raise ValueError(f"Unknown command {' '.join(argv[:2])!r}; available: {', '.join(COMMANDS)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; what the user can mend is printed without a traceback.
+
+    Returns:
+        0 on success, 2 on a mistake in config, data, files or flags, 3 when training met a NaN or infinity.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        name, rest = find_command(argv)
+        importlib.import_module(COMMANDS[name][0]).main(rest)
+    except (ValueError, OSError) as error:
+        print(f"dinov2-eq: {_words(error)}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"dinov2-eq: {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
+def _words(error: Exception) -> str:
+    """The message alone: torch puts the whole traceback of a data-loading process in front of it."""
+    return str(error).rpartition(f"{type(error).__name__}: ")[2]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""k-NN accuracy of the teacher while it trains."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from dinov2_eq.config.schema import CropsConfig, EvaluationConfig
+from dinov2_eq.data.datasets import ImageDataset, build_dataset, require_labels
+from dinov2_eq.data.loaders import fixed_subset, make_eval_loader
+from dinov2_eq.probes.features import extract_features
+from dinov2_eq.probes.knn import knn_accuracy
+
+BATCH_SIZE = 256
+
+
+class OnlineKnn:
+    """Class tokens of a labelled training subset vote on a validation subset; both are read again at each call."""
+
+    def __init__(self, evaluation: EvaluationConfig, crops: CropsConfig, num_workers: int) -> None:
+        """Raises ValueError where the data has no labels or fewer images than k."""
+        self.k = evaluation.knn_k
+        self.crops = crops
+        self.num_workers = num_workers
+        self.train = self._subset(evaluation.knn_train_dataset, evaluation.knn_max_images)
+        self.val = self._subset(evaluation.knn_val_dataset, evaluation.knn_max_images)
+        if self.k > len(self.train[1]):
+            raise ValueError(
+                f"evaluation.knn_k={self.k} is more than the {len(self.train[1])} images of "
+                f"evaluation.knn_train_dataset={evaluation.knn_train_dataset!r}; lower k or give more images"
+            )
+
+    @staticmethod
+    def _subset(data_string: str, max_images: int) -> tuple[ImageDataset, np.ndarray]:
+        dataset = build_dataset(data_string)
+        require_labels(dataset, "the online k-NN")
+        return dataset, fixed_subset(len(dataset), max_images)
+
+    def accuracy(self, backbone: nn.Module, device: torch.device) -> float:
+        """Top-1 in per cent."""
+        (train_features, train_labels), (val_features, val_labels) = (
+            extract_features(
+                backbone,
+                make_eval_loader(dataset, indices, self.crops.global_crops_size, BATCH_SIZE, self.num_workers),
+                mean=self.crops.mean,
+                std=self.crops.std,
+                device=device,
+                mode="cls",
+            )
+            for dataset, indices in (self.train, self.val)
+        )
+        return knn_accuracy(train_features, train_labels, val_features, val_labels, ks=[self.k])[self.k]["top1"]

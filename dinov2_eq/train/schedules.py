@@ -1,0 +1,83 @@
+"""Everything that changes with the step, as fvcore schedulers on where = step / steps."""
+
+from typing import NamedTuple
+
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    ConstantParamScheduler,
+    CosineParamScheduler,
+    LinearParamScheduler,
+    ParamScheduler,
+)
+
+
+class ScheduledValues(NamedTuple):
+    lr: float
+    last_layer_lr: float  # of the prototypes, 0 while they are frozen
+    weight_decay: float
+    teacher_momentum: float
+    teacher_temp: float
+
+
+def warmup_then(start: float, warmup_steps: int, steps: int, after: ParamScheduler, reached: float) -> ParamScheduler:
+    """Linear from `start` to `reached` in `warmup_steps`, then `after` over the remaining steps."""
+    if warmup_steps == 0:
+        return after
+    warmup = LinearParamScheduler(start, reached)
+    if warmup_steps == steps:
+        return warmup
+    share = warmup_steps / steps
+    return CompositeParamScheduler(
+        [warmup, after], lengths=[share, 1 - share], interval_scaling=["rescaled", "rescaled"]
+    )
+
+
+def scaled_lr(base_lr: float, scaling_rule: str, global_batch_size: int) -> float:
+    """The peak learning rate for this many images in one optimizer step."""
+    rules = {
+        "sqrt_wrt_1024": (global_batch_size / 1024) ** 0.5,
+        "linear_wrt_256": global_batch_size / 256,
+        "none": 1.0,
+    }
+    return base_lr * rules[scaling_rule]
+
+
+class Schedules:
+    """`at(step)` gives the values for the update number `step`, counted from 0."""
+
+    def __init__(
+        self,
+        *,
+        steps: int,
+        lr: float,
+        min_lr: float,
+        warmup_steps: int,
+        freeze_last_layer_steps: int,
+        weight_decay: float,
+        weight_decay_end: float,
+        momentum_teacher: float,
+        final_momentum_teacher: float,
+        warmup_teacher_temp: float,
+        teacher_temp: float,
+        warmup_teacher_temp_steps: int,
+    ) -> None:
+        self.steps = steps
+        self.freeze_last_layer_steps = freeze_last_layer_steps
+        self.lr = warmup_then(0.0, warmup_steps, steps, CosineParamScheduler(lr, min_lr), reached=lr)
+        self.weight_decay = CosineParamScheduler(weight_decay, weight_decay_end)
+        self.teacher_momentum = CosineParamScheduler(momentum_teacher, final_momentum_teacher)
+        constant = ConstantParamScheduler(teacher_temp)
+        self.teacher_temp = warmup_then(
+            warmup_teacher_temp, warmup_teacher_temp_steps, steps, constant, reached=teacher_temp
+        )
+
+    def at(self, step: int) -> ScheduledValues:
+        where = min(step / self.steps, 1.0)
+        lr = float(self.lr(where))
+        return ScheduledValues(
+            lr=lr,
+            last_layer_lr=0.0 if step < self.freeze_last_layer_steps else lr,
+            weight_decay=float(self.weight_decay(where)),
+            teacher_momentum=float(self.teacher_momentum(where)),
+            teacher_temp=float(self.teacher_temp(where)),
+        )

@@ -1,0 +1,47 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (ROOT / "dinov2_eq/__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="dinov2_eq",
+    version=VERSION,
+    description="DINOv2-style pretraining of vision transformers that keeps how an image is transformed",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # The programs and recipes live at the top of a checkout and are installed below the package.
+    packages=[
+        *find_packages(include=["dinov2_eq", "dinov2_eq.*"]),
+        "dinov2_eq.eval",
+        "dinov2_eq.tools",
+        "dinov2_eq.configs",
+    ],
+    package_dir={"dinov2_eq.eval": "eval", "dinov2_eq.tools": "tools", "dinov2_eq.configs": "configs"},
+    package_data={"dinov2_eq.configs": ["train/*.yaml"]},
+    install_requires=[
+        "torch>=2.10",
+        "torchvision",
+        "xformers; sys_platform == 'linux' and platform_machine == 'x86_64'",
+        "fvcore",
+        "omegaconf",
+        "submitit",
+        "numpy",
+        "pillow",
+        "kornia",
+        "pyarrow",
+        "scikit-learn",
+        "matplotlib",
+        "tensorboard",
+        "tqdm",
+    ],
+    extras_require={"dev": ["pytest", "pytest-xdist", "ruff", "timm", "transformers", "selenium"]},
+    entry_points={"console_scripts": ["dinov2-eq = dinov2_eq.run.cli:main"]},
+)

@@ -1,0 +1,75 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.neighbors import KNeighborsClassifier
+
+from dinov2_eq.probes import knn
+from dinov2_eq.probes.knn import knn_accuracy, knn_predict
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(7, 12, generator=generator)
+    train_labels, val_labels = (torch.randint(7, (n,), generator=generator) for n in (120, 60))
+    train, val = (
+        centres[labels] + 1.5 * torch.randn(len(labels), 12, generator=generator)
+        for labels in (train_labels, val_labels)
+    )
+    return train, train_labels, val, val_labels
+
+
+def test_scores_equal_the_slow_loop(data):
+    train, train_labels, val, _ = data
+    (scores,) = knn_predict(train, train_labels, val, ks=[3, 10], temperature=0.07)
+    for i in range(len(val)):
+        similarities = [F.cosine_similarity(val[i], row, dim=0).item() for row in train]
+        nearest = sorted(range(len(train)), key=lambda j: -similarities[j])[:10]
+        weights = [math.exp(similarities[j] / 0.07) for j in nearest]
+        for k in (3, 10):
+            expected = [0.0] * 7
+            for j, weight in zip(nearest[:k], weights[:k], strict=True):
+                expected[train_labels[j]] += weight / sum(weights)
+            torch.testing.assert_close(scores[k][i], torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 20, 120])
+def test_top1_equals_scikit_learn(data, k):
+    train, train_labels, val, val_labels = data
+    oracle = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    oracle.fit(train.numpy(), train_labels.numpy())
+    expected = 100 * oracle.score(val.numpy(), val_labels.numpy())
+    assert knn_accuracy(train, train_labels, val, val_labels, [k])[k]["top1"] == pytest.approx(expected)
+
+
+def test_top5_and_its_absence_with_few_classes(data):
+    train, train_labels, val, val_labels = data
+    (scores,) = knn_predict(train, train_labels, val, ks=[50])
+    best = scores[50].argsort(dim=1, descending=True)[:, :5]
+    expected = 100 * (best == val_labels[:, None]).any(dim=1).float().mean().item()
+    assert knn_accuracy(train, train_labels, val, val_labels, [50])[50]["top5"] == pytest.approx(expected)
+    assert set(knn_accuracy(train, train_labels % 4, val, val_labels % 4, [50])[50]) == {"top1"}
+
+
+def test_a_class_nobody_voted_for_is_no_answer():
+    accuracy = knn_accuracy(torch.eye(6), torch.arange(6), torch.eye(6), torch.zeros(6, dtype=torch.long), [1])
+    assert accuracy[1]["top1"] == accuracy[1]["top5"] == pytest.approx(100 / 6)
+
+
+def test_chunks_change_nothing(data, monkeypatch):
+    whole = knn_accuracy(*data, [5, 20])
+    monkeypatch.setattr(knn, "MAX_SIMILARITIES", 7 * 120)
+    assert knn_accuracy(*data, [5, 20]) == whole
+
+
+def test_validation_labels_unknown_to_training_are_wrong_not_an_error(data):
+    train, train_labels, val, _ = data
+    assert knn_accuracy(train, train_labels, val, torch.full((len(val),), 99), [5])[5] == {"top1": 0.0, "top5": 0.0}
+
+
+def test_too_many_neighbours(data):
+    with pytest.raises(ValueError, match=r"k = 121, 500 cannot vote among 120 training images"):
+        knn_accuracy(*data, [5, 121, 500])

@@ -1,0 +1,49 @@
+"""The house: imports go down only, and files stay readable."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dinov2_eq"
+FLOORS = [
+    {"types", "distributed"},
+    {"layers", "loss"},
+    {"equivariance", "logging", "probes"},
+    {"models", "data", "config", "checkpointer"},
+    {"train", "evaluation", "report"},
+    {"run"},
+]
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def test_imports_only_go_down():
+    for path in PACKAGE.rglob("*.py"):
+        here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if here == "__init__":
+            continue
+        for module in imported_modules(path):
+            if module.startswith("dinov2_eq."):
+                there = module.split(".")[1]
+                assert there == here or FLOOR_OF[there] < FLOOR_OF[here], f"{path}: {here} must not import {there}"
+
+
+def test_the_library_imports_no_program_and_programs_not_each_other():
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "eval").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        for module in imported_modules(path):
+            parts = module.split(".")
+            assert parts[0] not in ("eval", "tools", "tests"), f"{path} imports {module}"
+            assert parts[:2] not in (["dinov2_eq", "eval"], ["dinov2_eq", "tools"]), f"{path} imports {module}"
+
+
+def test_no_file_grows_too_long():
+    long = {path.name: count for path in PACKAGE.rglob("*.py") if (count := len(path.read_text().splitlines())) > 400}
+    assert not long

@@ -1,0 +1,169 @@
+"""The whole method on one batch: against the plain base method written out by hand, and what gets gradient."""
+
+import pytest
+import torch
+
+from dinov2_eq.data.augmentations import make_views
+from dinov2_eq.data.datasets import build_dataset
+from dinov2_eq.loss import centered_softmax, dino_loss, ibot_loss, koleo_loss
+from dinov2_eq.train.build import (
+    build_arch,
+    build_optimizer,
+    build_schedules,
+    build_task_transform,
+    build_train_loader,
+    num_reconstructed,
+)
+from tests.helpers import tiny_config
+
+CPU = torch.device("cpu")
+
+
+def one_batch(config):
+    batch = next(iter(build_train_loader(config, build_dataset(config.train.dataset_path), 0)))
+    return make_views(
+        batch,
+        transform=build_task_transform(config.equivariance),
+        num_intermediates=num_reconstructed(config.equivariance),
+        size=(config.crops.global_crops_size,) * 2,
+        mean=config.crops.mean,
+        std=config.crops.std,
+    )
+
+
+def forward(config, batch=None):
+    arch = build_arch(config, CPU)
+    torch.manual_seed(0)
+    return arch, arch(batch or one_batch(config), build_schedules(config).at(4))
+
+
+def gradient_norm(module):
+    return sum(parameter.grad.norm() for parameter in module.parameters() if parameter.grad is not None)
+
+
+def test_a_disabled_task_is_the_plain_base_method():
+    """DINO + KoLeo + iBOT as DINOv2 does it, from backbone and head alone."""
+    config = tiny_config("equivariance.enabled=false", "student.drop_path_rate=0")
+    batch = one_batch(config)
+    arch, output = forward(config, batch)
+    assert set(arch.trainable_modules()) == {"backbone", "dino_head"} and len(batch.intermediate_targets) == 0
+
+    student, teacher = (side["backbone"] for side in (arch.student, arch.teacher))
+    head, teacher_head = (side["dino_head"] for side in (arch.student, arch.teacher))
+    temp, center = build_schedules(config).at(4).teacher_temp, torch.zeros(128)
+    seen, targets = [], []
+    for view, masks in zip(batch.global_crops, batch.masks, strict=True):
+        seen.append((student.forward_features(view, masks), teacher.forward_features(view)))
+        targets.append(centered_softmax(teacher_head(seen[-1][1]["x_norm_clstoken"]), center, temp))
+    logits = [head(ours["x_norm_clstoken"]) for ours, _ in seen]
+    logits += [head(student.forward_features(crop)["x_norm_clstoken"]) for crop in batch.local_crops]
+    masked = [
+        (head(ours["x_norm_patchtokens"][masks]), teacher_head(theirs["x_norm_patchtokens"][masks]))
+        for (ours, theirs), masks in zip(seen, batch.masks, strict=True)
+    ]
+    weights = torch.cat([(1 / masks.sum(1).clamp(min=1))[:, None].expand_as(masks)[masks] for masks in batch.masks])
+    expected = {
+        "dino": dino_loss(torch.stack(logits), torch.stack(targets)),
+        "koleo": sum(koleo_loss(ours["x_norm_clstoken"]) for ours, _ in seen),
+        "ibot": ibot_loss(
+            torch.cat([ours for ours, _ in masked]),
+            centered_softmax(torch.cat([theirs for _, theirs in masked]), center, temp),
+            weights,
+            num_crops=2 * batch.masks.shape[1],
+        ),
+    }
+    torch.testing.assert_close(output.losses, expected)
+    torch.testing.assert_close(output.total, expected["dino"] + 0.1 * expected["koleo"] + expected["ibot"])
+
+
+def test_task_on_gives_gradient_to_decoders_projection_and_backbone():
+    arch, output = forward(tiny_config())
+    assert set(output.losses) == {"dino", "koleo", "ibot", "reconstruction"}
+    output.losses["reconstruction"].backward()
+    for name in ("backbone", "projection", "reconstruction"):
+        assert gradient_norm(arch.trainable_modules()[name]) > 0, name
+    assert gradient_norm(arch.student["dino_head"]) == 0
+    assert gradient_norm(arch.teacher) == 0
+
+
+def test_the_control_transforms_and_splits_but_rebuilds_nothing():
+    config = tiny_config("equivariance.loss_weight=0")
+    batch, task_batch = one_batch(config), one_batch(tiny_config())
+    arch, output = forward(config)
+    assert set(output.losses) == {"dino", "koleo", "ibot"} and "projection" in arch.trainable_modules()
+    torch.testing.assert_close(batch.global_crops, task_batch.global_crops)
+    assert len(batch.intermediate_targets) == 0 and len(task_batch.intermediate_targets) == 2
+
+
+def test_runs_with_and_without_the_task_begin_equal():
+    """Same seed, same backbone weights, same crops."""
+    task, plain = tiny_config(), tiny_config("equivariance.enabled=false")
+    (task_arch, _), (plain_arch, _) = forward(task), forward(plain)
+    torch.testing.assert_close(task_arch.student["backbone"].state_dict(), plain_arch.student["backbone"].state_dict())
+    task_batch, plain_batch = one_batch(task), one_batch(plain)
+    torch.testing.assert_close(task_batch.global_crops[0], plain_batch.global_crops[0], rtol=0, atol=0)
+    torch.testing.assert_close(task_batch.local_crops, plain_batch.local_crops, rtol=0, atol=0)
+    assert torch.equal(task_batch.masks, plain_batch.masks)
+
+
+@pytest.mark.parametrize("num_intermediates", [1, 2, 3])
+@pytest.mark.parametrize("decoder", ["conv", "cross_attention"])
+def test_any_number_of_intermediates(num_intermediates, decoder):
+    config = tiny_config(f"equivariance.num_intermediates={num_intermediates}", f"equivariance.decoder={decoder}")
+    arch, output = forward(config)
+    assert len(arch.objectives["reconstruction"].decoders) == num_intermediates
+    assert torch.isfinite(output.losses["reconstruction"])
+
+
+@pytest.mark.parametrize("transform", ["rotation", "translation", "se2", "color_jitter", "blur"])
+@pytest.mark.parametrize("border", ["zeros", "canvas"])
+def test_every_transform_and_border(transform, border):
+    _, output = forward(tiny_config(f"equivariance.transform={transform}", f"equivariance.border={border}"))
+    assert torch.isfinite(output.total)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "heads"),
+    [
+        (["ibot.separate_head=true", "ibot.head_n_prototypes=64"], {"dino_head", "ibot_head"}),
+        (["ibot.loss_weight=0"], {"dino_head"}),
+        (["dino.loss_weight=0"], {"dino_head"}),
+        (["dino.loss_weight=0", "ibot.separate_head=true", "ibot.head_n_prototypes=64"], {"ibot_head"}),
+        (["train.centering=sinkhorn_knopp", "crops.local_crops_number=0"], {"dino_head"}),
+    ],
+)
+def test_recipes(overrides, heads):
+    arch, output = forward(tiny_config(*overrides))
+    assert set(arch.student) - {"backbone", "projection"} == heads
+    output.total.backward()
+    for name, module in arch.trainable_modules().items():
+        assert gradient_norm(module) > 0, name
+
+
+def test_teacher_starts_equal_and_follows():
+    arch, _output = forward(tiny_config())
+    before = {name: tensor.clone() for name, tensor in arch.teacher.state_dict().items()}
+    torch.testing.assert_close(before, dict(arch.student.state_dict()))
+    with torch.no_grad():
+        for parameter in arch.student.parameters():
+            parameter.add_(1.0)
+    arch.end_step(0.9)
+    for name, tensor in arch.teacher.state_dict().items():
+        torch.testing.assert_close(tensor, before[name] + 0.1)
+
+
+def test_the_teacher_never_trains():
+    arch, _ = forward(tiny_config())
+    arch.eval()
+    assert arch.train() is arch and arch.student.training and not arch.teacher.training
+    optimized = {
+        id(parameter) for group in build_optimizer(tiny_config(), arch).param_groups for parameter in group["params"]
+    }
+    assert not optimized & {id(parameter) for parameter in arch.teacher.parameters()}
+    assert optimized == {id(p) for module in arch.trainable_modules().values() for p in module.parameters()}
+
+
+def test_teacher_names_are_those_of_dinov2():
+    arch, _ = forward(tiny_config("ibot.separate_head=true"))
+    prefixes = {name.split(".")[0] for name in arch.teacher.state_dict()}
+    assert prefixes == {"backbone", "projection", "dino_head", "ibot_head"}

@@ -1,0 +1,270 @@
+"""Whole runs: exact resume, accumulation, files, and what stops a run with which words."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from dinov2_eq.config.load import load_config
+from dinov2_eq.data.datasets import DataError
+from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
+from dinov2_eq.train.step import NonFiniteError, effective_rank
+from dinov2_eq.train.train import do_train, main
+from tests.helpers import TINY, tiny_config
+
+
+def teacher(folder, step=6):
+    path = folder / "eval" / f"training_{step}" / "teacher_checkpoint.pth"
+    return torch.load(path, weights_only=True)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "training_metrics.jsonl").read_text().splitlines()]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def train_until(config, folder, step, monkeypatch):
+    """Trains, and is killed when update number `step` is about to begin."""
+    original, calls = SSLMetaArch.forward, []
+
+    def forward(self, *args):
+        calls.append(None)
+        if len(calls) > step:
+            raise Interrupted
+        return original(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(SSLMetaArch, "forward", forward)
+        do_train(config, folder)
+
+
+@pytest.mark.parametrize("overrides", [[], ["equivariance.enabled=false", "train.centering=sinkhorn_knopp"]])
+def test_three_plus_three_steps_equal_six(tmp_path, monkeypatch, overrides):
+    config = tiny_config(*overrides)
+    do_train(config, tmp_path / "whole")
+    train_until(config, tmp_path / "parts", 5, monkeypatch)  # killed after a checkpoint at 3 and two more steps
+    assert [line["step"] for line in metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5]
+    do_train(config, tmp_path / "parts")
+
+    whole, parts = teacher(tmp_path / "whole"), teacher(tmp_path / "parts")
+    torch.testing.assert_close(parts["teacher"], whole["teacher"], rtol=0, atol=0)
+    pairs = list(zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True))
+    assert [line["step"] for line, _ in pairs] == [1, 2, 3, 4, 5, 6]
+    for ours, theirs in pairs:
+        assert ours["total_loss"] == theirs["total_loss"]
+
+
+def test_accumulation_equals_the_whole_batch(tmp_path):
+    """Without the terms that look at one forward at a time (KoLeo, stochastic depth)."""
+    exact = ["dino.koleo_loss_weight=0", "student.drop_path_rate=0", "optim.steps=3"]
+    for name, split in {"whole": (4, 1), "parts": (1, 4)}.items():
+        size, steps = split
+        do_train(
+            tiny_config(*exact, f"train.batch_size_per_gpu={size}", f"train.accumulation_steps={steps}"),
+            tmp_path / name,
+        )
+    for ours, theirs in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True):
+        for term in ("dino", "ibot", "reconstruction"):
+            assert theirs[f"loss/{term}"] == pytest.approx(ours[f"loss/{term}"], abs=1e-5)
+    whole, parts = teacher(tmp_path / "whole", 3)["teacher"], teacher(tmp_path / "parts", 3)["teacher"]
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+
+
+def test_workers_change_nothing(tmp_path):
+    for workers in (0, 2):
+        do_train(tiny_config("optim.steps=2", f"train.num_workers={workers}"), tmp_path / str(workers))
+    zero, two = (teacher(tmp_path / name, 2)["teacher"] for name in ("0", "2"))
+    torch.testing.assert_close(two, zero, rtol=0, atol=0)
+
+
+def test_files_of_a_run(tmp_path):
+    """The debug recipe, whole, as a user starts it."""
+    main(
+        [
+            "--config-file",
+            "debug",
+            "optim.steps=6",
+            "--output-dir",
+            str(tmp_path),
+            "teacher.warmup_teacher_temp_steps=2",
+        ]
+    )
+    assert load_config(str(tmp_path / "config.yaml")).optim.steps == 6
+    assert set(json.loads((tmp_path / "environment.json").read_text())) >= {"torch", "commit", "device"}
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines if "eval/knn_top1" in line] == [0, 5, 6]
+    training = [line for line in lines if "total_loss" in line]
+    assert {
+        *("loss/dino", "loss/ibot", "loss/koleo", "loss/reconstruction", "teacher_entropy", "feature_rank"),
+        *("grad_norm/backbone", "lr", "teacher_temp", "data_wait_share", "images_per_second"),
+    } <= set(training[-1])
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["5", "6"]
+
+    saved = teacher(tmp_path)
+    assert saved["step"] == 6 and saved["config"]["student"]["arch"] == "vit_tiny"
+    samples = np.load(tmp_path / "samples" / "step_0000005.npz")
+    assert samples["reconstructions"].shape == samples["intermediate_targets"].shape == (2, 4, 32, 32, 3)
+    assert samples["fractions"] == pytest.approx([1 / 3, 2 / 3])
+    assert not np.array_equal(samples["base_view"], samples["transformed_view"])
+
+
+def test_samples_of_the_control_have_targets_but_no_reconstructions(tmp_path):
+    do_train(tiny_config("equivariance.loss_weight=0", "evaluation.sample_period_steps=3"), tmp_path)
+    samples = np.load(tmp_path / "samples" / "step_0000003.npz")
+    assert "reconstructions" not in samples and samples["intermediate_targets"].shape[0] == 2
+
+
+def test_pictures_do_not_change_the_run(tmp_path):
+    do_train(tiny_config(), tmp_path / "without")
+    do_train(tiny_config("evaluation.sample_period_steps=1"), tmp_path / "with")
+    torch.testing.assert_close(
+        teacher(tmp_path / "with")["teacher"], teacher(tmp_path / "without")["teacher"], rtol=0, atol=0
+    )
+
+
+def test_a_finished_run_is_left_alone(tmp_path, caplog):
+    do_train(tiny_config("optim.steps=2", "teacher.warmup_teacher_temp_steps=0"), tmp_path)
+    before = (tmp_path / "training_metrics.jsonl").read_text()
+    with caplog.at_level(logging.INFO):
+        do_train(tiny_config("optim.steps=2", "teacher.warmup_teacher_temp_steps=0"), tmp_path)
+    assert (tmp_path / "training_metrics.jsonl").read_text() == before
+
+
+def test_no_resume_sets_old_checkpoints_aside(tmp_path):
+    config = tiny_config("optim.steps=3")
+    do_train(config, tmp_path)
+    do_train(config, tmp_path, resume=False)
+    assert len(list(tmp_path.glob("checkpoints.replaced-*"))) == 1
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_resume_with_another_architecture(tmp_path):
+    do_train(tiny_config("optim.steps=3"), tmp_path)
+    with pytest.raises(ValueError, match=r"is of another architecture: \d+ of \d+ tensors differ.*--no-resume"):
+        do_train(tiny_config("student.arch=vit_small"), tmp_path)
+
+
+def test_resume_from_a_half_written_checkpoint(tmp_path):
+    config = tiny_config("optim.steps=3")
+    do_train(config, tmp_path)
+    (tmp_path / "checkpoints" / "3" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="No checkpoint of this run can be resumed from"):
+        do_train(tiny_config(), tmp_path)
+    (tmp_path / "checkpoints" / "3").rename(tmp_path / "checkpoints" / "3.writing")
+    do_train(config, tmp_path)  # an unfinished folder counts as none: the run starts again
+    assert (tmp_path / "checkpoints" / "3").is_dir()
+
+
+def test_output_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot be written.*choose another folder"):
+        do_train(tiny_config(), tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("term", ["dino", "ibot", "koleo", "reconstruction"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_term_is_named_and_nothing_is_updated(tmp_path, monkeypatch, term, value):
+    original = SSLMetaArch.forward
+    seen = []
+
+    def forward(self, *args):
+        output = original(self, *args)
+        seen.append({name: tensor.clone() for name, tensor in self.state_dict().items()})
+        if len(seen) == 2:
+            output.losses[term] = output.losses[term] * value
+        monkeypatch.setattr("tests.train_arch", self, raising=False)
+        arch.append(self)
+        return output
+
+    arch = []
+    monkeypatch.setattr(SSLMetaArch, "forward", forward)
+    with pytest.raises(NonFiniteError, match=f"not finite at step 1: {term} = {value}"):
+        do_train(tiny_config(), tmp_path)
+    before, after = seen[-1], dict(arch[-1].state_dict())
+    weights = [name for name in before if "center" not in name]
+    torch.testing.assert_close({n: after[n] for n in weights}, {n: before[n] for n in weights}, rtol=0, atol=0)
+
+
+def test_a_non_finite_gradient_is_named(tmp_path, monkeypatch):
+    original = SSLMetaArch.forward
+
+    def forward(self, *args):
+        weight = self.student["dino_head"].last_layer.weight_v
+        weight.register_hook(lambda gradient: gradient * float("nan"))
+        return original(self, *args)
+
+    monkeypatch.setattr(SSLMetaArch, "forward", forward)
+    with pytest.raises(NonFiniteError, match="gradient of dino_head is not finite at step 0"):
+        do_train(tiny_config(), tmp_path)
+
+
+def test_corrupt_images_are_skipped_named_and_counted(tmp_path, caplog):
+    from PIL import Image
+
+    data = tmp_path / "images"
+    data.mkdir()
+    for number in range(20):
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(
+            data / f"{number:02}.png"
+        )
+    (data / "07.png").write_bytes(b"not an image")
+    with caplog.at_level(logging.WARNING):
+        do_train(tiny_config(f"train.dataset_path=Folder:root={data}", "train.max_corrupt_share=0.2"), tmp_path / "run")
+    assert metrics(tmp_path / "run")[-1]["corrupt_images"] >= 1
+    assert "07.png" in (tmp_path / "run" / "logs" / "log.0.txt").read_text()
+
+
+def test_a_folder_of_corrupt_files_stops_the_run(tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match="could not be read"):
+        do_train(tiny_config(f"train.dataset_path=Folder:root={tmp_path}"), tmp_path / "run")
+
+
+def test_knn_k_larger_than_the_data(tmp_path):
+    config = tiny_config("evaluation.knn_period_steps=3", "evaluation.knn_k=100")
+    with pytest.raises(ValueError, match=r"evaluation.knn_k=100 is more than the \d+ images"):
+        do_train(config, tmp_path)
+
+
+def test_knn_needs_labels(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    data = f"Folder:root={tmp_path}"
+    config = tiny_config(
+        "evaluation.knn_period_steps=3", f"evaluation.knn_train_dataset={data}", f"evaluation.knn_val_dataset={data}"
+    )
+    with pytest.raises(DataError, match="label"):
+        do_train(config, tmp_path / "run")
+
+
+def test_missing_output_dir():
+    with pytest.raises(ValueError, match="--output-dir is missing"):
+        main(["--config-file", "debug"])
+
+
+def test_print_config_and_dry_run(capsys):
+    main(["train.seed=7", "--print-config", "--config-file", "debug"])
+    assert "seed: 7" in capsys.readouterr().out
+    main(["--config-file", "debug", *TINY, "--dry-run", "train.accumulation_steps=3"])
+    plan = capsys.readouterr().out
+    for words in (
+        "effective batch    12",
+        "learning rate",
+        "images seen        72, 3.00 passes over 24",
+        "parameters",
+        "memory",
+    ):
+        assert words in plan
+
+
+def test_effective_rank():
+    assert effective_rank(torch.eye(8)) == pytest.approx(8)
+    assert effective_rank(torch.ones(8, 3)) == pytest.approx(1, abs=1e-3)
