@@ -102,7 +102,6 @@ def _reject_unknown_keys(values: DictConfig, source: str) -> None:
     known = list(_leaves(to_dict(Config())))
     for key in _leaves(OmegaConf.to_container(values)):
         if key not in known:
-            key.rpartition(".")[2]
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
             hint = f" Did you mean {near[0]!r}?" if near else " See 'dinov2-eq train --print-config' for all keys."
             raise ValueError(f"{source}: unknown key {key!r}.{hint}")

@@ -58,7 +58,7 @@ def plan(config: Config, arch: SSLMetaArch, num_images: int, half_precision: boo
     per_process, accumulated = config.train.batch_size_per_gpu, config.train.accumulation_steps
     processes = batch // (per_process * accumulated)
     lines = [
-        f"effective batch    {batch} images ({per_process} per process, {accumulated} accumulated, {processes} processes)",
+        f"effective batch    {batch} images: {per_process} a forward, {accumulated} forwards, {processes} processes",
         f"learning rate      {lr:.3g} (base_lr {config.optim.base_lr:g}, {config.optim.scaling_rule})",
         f"steps              {config.optim.steps}, {config.optim.warmup_steps} of them warm-up",
         f"images seen        {images:,}, {images / num_images:.2f} passes over {num_images:,} images",

@@ -1,0 +1,89 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinov2_eq.config.load import load_config, to_dict
+from dinov2_eq.data.datasets import DataError
+from dinov2_eq.eval import knn
+from dinov2_eq.models import build_backbone
+
+TRAIN, VAL = "Shapes:split=TRAIN:num=48:size=32", "Shapes:split=VAL:num=24:size=32"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    backbone = build_backbone("vit_tiny", patch_size=8, img_size=32, depth=1, layerscale=0)
+    weights = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    config = to_dict(load_config("debug", ["student.depth=1", "student.layerscale=0"]))
+    path = folder / "eval" / "training_3" / "teacher_checkpoint.pth"
+    path.parent.mkdir(parents=True)
+    torch.save({"teacher": weights, "config": config, "step": 3}, path)
+    return folder
+
+
+def run(run_folder, *flags, train=TRAIN, val=VAL):
+    common = ["--pretrained-weights", str(run_folder), "--num-workers", "0", "--device", "cpu"]
+    knn.main([*common, "--train-dataset", train, "--val-dataset", val, *flags])
+    return json.loads((run_folder / "results_eval_knn.json").read_text())
+
+
+def test_results_file_and_table(run_folder, capsys):
+    results = run(run_folder, "--nb_knn", "5", "10", "1000")
+    assert set(results["results"]["full"]) == {"5", "10", "48"}  # 1000 was clipped
+    assert any("k = 1000 became 48" in notice for notice in results["protocol"]["notices"])
+    accuracy = results["results"]["full"]["10"]
+    assert set(accuracy) == {"top1", "top5"} and 0 <= accuracy["top1"] <= accuracy["top5"] <= 100
+    assert results["protocol"]["num_train_images"] == 48 and results["protocol"]["temperature"] == 0.07
+    assert results["encoder"]["step"] == 3
+    output = capsys.readouterr().out
+    assert "top-1 %" in output and output.rstrip().endswith(str(run_folder / "results_eval_knn.json"))
+
+
+def test_training_images_find_themselves(run_folder):
+    assert run(run_folder, "--nb_knn", "1", val=TRAIN)["results"]["full"]["1"]["top1"] == 100
+
+
+def test_images_per_class_and_tries(run_folder):
+    results = run(run_folder, "--n-per-class-list", "2", "-1", "--n-tries", "3", "--nb_knn", "1", "5")["results"]
+    assert list(results) == ["2 per class", "full"] and list(results["2 per class"]) == ["1", "2"]
+
+
+def test_subsets_hold_so_many_images_of_each_class():
+    labels = torch.arange(40) % 4
+    first, second = knn.draw_subsets(labels, 3, n_tries=2)
+    assert labels[first].bincount().tolist() == [3] * 4 and not torch.equal(first, second)
+    assert torch.equal(first, knn.draw_subsets(labels, 3, n_tries=1)[0])
+    with pytest.raises(ValueError, match="--n-per-class-list 0"):
+        knn.draw_subsets(labels, 0, 1)
+
+
+def test_max_images_and_output_dir(run_folder, tmp_path):
+    run(run_folder, "--max-images", "20", "--output-dir", str(tmp_path / "new"))
+    protocol = json.loads((tmp_path / "new" / "results_eval_knn.json").read_text())["protocol"]
+    assert protocol["num_train_images"] == protocol["num_val_images"] == protocol["max_images"] == 20
+
+
+def test_unlabelled_data(run_folder, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="k-NN needs labels"):
+        run(run_folder, train=f"Folder:root={tmp_path}")
+
+
+def test_temperature(run_folder):
+    with pytest.raises(ValueError, match="--temperature must be positive, got 0.0"):
+        run(run_folder, "--temperature", "0")
+
+
+@pytest.mark.parametrize("program", ["knn", "equivariance"])
+def test_runs_as_a_script(program):
+    script = Path(__file__).parents[2] / "eval" / f"{program}.py"
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--pretrained-weights" in done.stdout
