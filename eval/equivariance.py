@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from dinov2_eq.data.datasets import build_dataset
+from torch import Tensor
+
+from dinov2_eq.data.datasets import ImageDataset, build_dataset
 from dinov2_eq.data.loaders import fixed_subset
 from dinov2_eq.equivariance.transforms import TransformRanges, build_transform
 from dinov2_eq.evaluation.command_line import evaluation_parser, format_table, pick_device, positive, protocol_of
 from dinov2_eq.evaluation.encoder import load_encoder, random_encoder
 from dinov2_eq.evaluation.results import check_writable, results_folder, write_results
-from dinov2_eq.evaluation.transformed_pairs import Setting, draw_theta, extract_pairs, settings_of
+from dinov2_eq.evaluation.transformed_pairs import PairFeatures, Setting, draw_theta, extract_pairs, settings_of
 from dinov2_eq.logging import setup_logging
 from dinov2_eq.probes.features import MODES
 from dinov2_eq.probes.transform_regression import (
@@ -73,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(args.device)
     folder = results_folder(args.pretrained_weights, args.output_dir)
     check_writable(folder)
+    train_dataset, val_dataset = build_dataset(args.train_dataset), build_dataset(args.val_dataset)
     encoders = {"trained": load_encoder(args.pretrained_weights, args.config_file)}
     if args.random_init:
         encoders["random-init"] = random_encoder(encoders["trained"], RANDOM_SEED)
@@ -94,8 +97,9 @@ def main(argv: list[str] | None = None) -> None:
             )
     settings = [setting for task, transform in tasks.items() for setting in settings_of(task, transform, size)]
 
-    def pairs_of(split: str, data_string: str, max_images: int, draws: int):
-        dataset = build_dataset(data_string)
+    def pairs_of(
+        split: str, dataset: ImageDataset, max_images: int, draws: int
+    ) -> tuple[PairFeatures, dict[str, Tensor], int]:
         indices = fixed_subset(len(dataset), max_images)
         theta = {task: draw_theta(task, transform, len(indices), draws, split) for task, transform in tasks.items()}
         pairs = extract_pairs(
@@ -109,15 +113,15 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=args.batch_size,
             num_workers=args.num_workers,
         )
-        logger.info("%s: %d images, features done, %.0f s", data_string, len(indices), time.perf_counter() - started)
+        logger.info("%s: %d images, features done, %.0f s", split, len(indices), time.perf_counter() - started)
         targets = {
             task: scale_targets(theta[task].flatten(0, 1), transform.low, transform.high)
             for task, transform in tasks.items()
         }
         return pairs, targets, len(indices)
 
-    train_pairs, train_targets, num_train = pairs_of("train", args.train_dataset, args.max_train_images, args.draws)
-    val_pairs, val_targets, num_val = pairs_of("val", args.val_dataset, args.max_val_images, 1)
+    train_pairs, train_targets, num_train = pairs_of("train", train_dataset, args.max_train_images, args.draws)
+    val_pairs, val_targets, num_val = pairs_of("val", val_dataset, args.max_val_images, 1)
 
     rows = []
     for name in encoders:

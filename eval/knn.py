@@ -59,12 +59,14 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(args.device)
     folder = results_folder(args.pretrained_weights, args.output_dir)
     check_writable(folder)
+    datasets = {data_string: build_dataset(data_string) for data_string in (args.train_dataset, args.val_dataset)}
+    for dataset in datasets.values():
+        require_labels(dataset, "k-NN")
     encoder = load_encoder(args.pretrained_weights, args.config_file)
     encoder.backbone.to(device)
 
     def features_of(data_string: str) -> tuple[Tensor, Tensor]:
-        dataset = build_dataset(data_string)
-        require_labels(dataset, "k-NN")
+        dataset = datasets[data_string]
         indices = fixed_subset(len(dataset), args.max_images or len(dataset))
         loader = make_eval_loader(dataset, indices, encoder.image_size, args.batch_size, args.num_workers)
         features, labels = extract_features(

@@ -4,6 +4,9 @@ All decoders have one signature, `decoder(anchor, transformed, grid) -> image`: 
 the token grid (h, w) with h * w = N, and an image [B, 3, h * patch_size, w * patch_size] in normalised pixel values.
 """
 
+import math
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,33 +18,72 @@ NUM_CONVOLUTIONS = 4  # as in the paper
 HEAD_DIM = 64
 
 
-class ConvDecoder(nn.Module):
-    """One linear layer on the concatenated tokens of both views, then four convolutions that grow to the image.
+class UpsamplingConvs(nn.Module):
+    """Four convolutions from a map [B, dim, h, w] to an image [B, 3, h * patch_size, w * patch_size].
 
     The growth is spread evenly: each convolution enlarges the map by patch_size ** (1/4).
     """
 
-    def __init__(self, equivariant_dim: int, patch_size: int, dim: int) -> None:
+    def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.linear = nn.Linear(2 * equivariant_dim, dim)
         widths = [max(dim // 2**level, 8) for level in range(NUM_CONVOLUTIONS)] + [3]
+        # Zero padding would draw a grey frame around every image.
         self.convs = nn.ModuleList(
-            nn.Conv2d(widths[level], widths[level + 1], kernel_size=3, padding=1) for level in range(NUM_CONVOLUTIONS)
+            nn.Conv2d(*pair, kernel_size=3, padding=1, padding_mode="replicate") for pair in pairwise(widths)
         )
 
-    def init_weights(self) -> None:
-        for layer in (self.linear, *self.convs):
-            layer.reset_parameters()
-
-    def forward(self, anchor: Tensor, transformed: Tensor, grid: tuple[int, int]) -> Tensor:
-        tokens = self.linear(torch.cat([anchor, transformed], dim=-1))  # [B, N, D]
-        maps = tokens.transpose(1, 2).unflatten(2, grid)  # [B, D, h, w]
+    def forward(self, maps: Tensor) -> Tensor:
+        grid = maps.shape[-2:]
         for level, conv in enumerate(self.convs, start=1):
             growth = self.patch_size ** (level / NUM_CONVOLUTIONS)
             size = [round(side * growth) for side in grid]
             maps = conv(F.interpolate(F.gelu(maps), size=size, mode="bilinear", align_corners=False))
         return maps
+
+
+class ConvDecoder(nn.Module):
+    """One linear layer on the tokens of both views, patch by patch, then four convolutions."""
+
+    def __init__(self, equivariant_dim: int, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2 * equivariant_dim, dim)
+        self.convs = UpsamplingConvs(patch_size, dim)
+
+    def init_weights(self) -> None:
+        _reset(self)
+
+    def forward(self, anchor: Tensor, transformed: Tensor, grid: tuple[int, int]) -> Tensor:
+        tokens = self.linear(torch.cat([anchor, transformed], dim=-1))  # [B, N, D]
+        return self.convs(tokens.transpose(1, 2).unflatten(2, grid))
+
+
+class PooledConvDecoder(nn.Module):
+    """One linear layer from the mean tokens of both views to the whole map, then four convolutions (ours).
+
+    Patch tokens tell where things are by their place in the grid, so a decoder that reads them one by one asks nothing
+    of the image's feature vector. This one does: layout and transform must be in the mean token itself.
+    """
+
+    def __init__(self, equivariant_dim: int, patch_size: int, dim: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.map_shape = (dim, *grid)
+        self.linear = nn.Linear(2 * equivariant_dim, math.prod(self.map_shape))
+        self.convs = UpsamplingConvs(patch_size, dim)
+
+    def init_weights(self) -> None:
+        _reset(self)
+
+    def forward(self, anchor: Tensor, transformed: Tensor, grid: tuple[int, int]) -> Tensor:
+        pooled = torch.cat([anchor.mean(dim=1), transformed.mean(dim=1)], dim=-1)  # [B, 2 D_equi]
+        return self.convs(self.linear(pooled).unflatten(1, self.map_shape))
+
+
+def _reset(decoder: nn.Module) -> None:
+    """torch's own initialisation for every linear layer and convolution."""
+    for module in decoder.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.reset_parameters()
 
 
 class CrossAttentionDecoder(nn.Module):
@@ -79,19 +121,34 @@ class CrossAttentionDecoder(nn.Module):
         return F.fold(patches.transpose(1, 2), size, kernel_size=self.patch_size, stride=self.patch_size)
 
 
-DECODERS = ("conv", "cross_attention")
+DECODERS = ("conv", "cross_attention", "pooled_conv")
 
 
 def build_decoder(
-    name: str, *, equivariant_dim: int, patch_size: int, dim: int, depth: int, attention: str = "auto"
+    name: str,
+    *,
+    equivariant_dim: int,
+    patch_size: int,
+    dim: int,
+    depth: int,
+    grid: tuple[int, int],
+    attention: str = "auto",
 ) -> nn.Module:
-    """One decoder; `depth` counts the self-attention layers of `cross_attention`, `attention` is their backend.
+    """One decoder.
+
+    Args:
+        dim: width after the first layer.
+        depth: self-attention layers of `cross_attention`.
+        grid: patches (h, w) of the images, which `pooled_conv` has to know.
+        attention: backend of `cross_attention`.
 
     Raises:
         ValueError: unknown name, or a width that a decoder cannot have.
     """
     if name == "conv":
         return ConvDecoder(equivariant_dim, patch_size, dim)
+    if name == "pooled_conv":
+        return PooledConvDecoder(equivariant_dim, patch_size, dim, grid)
     if name == "cross_attention":
         if dim % HEAD_DIM:
             raise ValueError(

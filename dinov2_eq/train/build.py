@@ -32,6 +32,12 @@ def global_batch_size(config: Config) -> int:
     return config.train.batch_size_per_gpu * config.train.accumulation_steps * get_world_size()
 
 
+def patch_grid(config: Config) -> tuple[int, int]:
+    """Patches (h, w) of a global crop."""
+    side = config.crops.global_crops_size // config.student.patch_size
+    return side, side
+
+
 def build_task_transform(task: EquivarianceConfig) -> Transform | None:
     """The transform g, or None where the task is disabled."""
     if not task.enabled:
@@ -134,6 +140,7 @@ def _build_objectives(config: Config) -> dict[str, Objective]:
                 patch_size=config.student.patch_size,
                 dim=task.decoder_dim,
                 depth=task.decoder_depth,
+                grid=patch_grid(config),
                 attention=config.student.attention,
             )
             for _ in range(task.num_intermediates)
@@ -208,9 +215,8 @@ def build_multi_crop(config: Config) -> MultiCrop:
 
 def build_train_loader(config: Config, dataset: ImageDataset, start_step: int):
     """Batches from update number `start_step` on, without end."""
-    grid = config.crops.global_crops_size // config.student.patch_size
     masking = BlockMasking(
-        (grid, grid),
+        patch_grid(config),
         ratio_min_max=config.ibot.mask_ratio_min_max,
         sample_probability=config.ibot.mask_sample_probability if config.ibot.loss_weight > 0 else 0.0,
     )

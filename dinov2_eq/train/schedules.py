@@ -43,7 +43,7 @@ def scaled_lr(base_lr: float, scaling_rule: str, global_batch_size: int) -> floa
 
 
 class Schedules:
-    """`at(step)` gives the values for the update number `step`, counted from 0."""
+    """`at(step)` gives the values for the update number `step`, 0 <= step < steps."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Schedules:
         )
 
     def at(self, step: int) -> ScheduledValues:
-        where = min(step / self.steps, 1.0)
+        where = step / self.steps
         lr = float(self.lr(where))
         return ScheduledValues(
             lr=lr,

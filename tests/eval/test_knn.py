@@ -78,7 +78,7 @@ def test_unlabelled_data(run_folder, tmp_path):
 
 
 def test_temperature(run_folder):
-    with pytest.raises(ValueError, match="--temperature must be positive, got 0.0"):
+    with pytest.raises(ValueError, match=r"--temperature must be positive, got 0\.0"):
         run(run_folder, "--temperature", "0")
 
 

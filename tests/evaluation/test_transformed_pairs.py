@@ -65,7 +65,7 @@ def test_borders_of_each_task():
     assert [setting.border for setting in settings_of("blur", TASKS["blur"], 32)] == ["none", "masked"]
     canvas = settings_of("translation", TASKS["translation"], 224)[2]
     assert canvas.appearance.side >= 244
-    with pytest.raises(ValueError, match="translation: shifts up to 0.5"):
+    with pytest.raises(ValueError, match=r"translation: shifts up to 0\.5"):
         settings_of("translation", build_transform("translation", max_shift=0.5), 32)
 
 

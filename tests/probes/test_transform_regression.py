@@ -39,8 +39,8 @@ def test_targets_are_scaled_to_one():
 
 @pytest.mark.parametrize(("head", "epochs"), [("mlp", 80), ("linear", 400)])
 def test_parameters_in_the_features_are_found(head, epochs):
-    theta = uniform(1500, 2)
-    pairs = torch.cat([uniform(1500, 4, seed=1), 3 * theta + 7], dim=1)
+    theta = uniform(1200, 2)
+    pairs = torch.cat([uniform(1200, 4, seed=1), 3 * theta + 7], dim=1)
     predicted = regress_transform(
         pairs[:1000], theta[:1000], pairs[1000:], seed=0, head=head, hidden_dim=64, epochs=epochs
     )
@@ -48,10 +48,10 @@ def test_parameters_in_the_features_are_found(head, epochs):
 
 
 def test_shuffled_pairs_score_about_zero():
-    theta = uniform(3000, 2)
-    pairs = torch.cat([uniform(3000, 4, seed=1), theta[torch.randperm(3000)]], dim=1)
-    predicted = regress_transform(pairs[:2000], theta[:2000], pairs[2000:], seed=0, head="mlp", hidden_dim=16, epochs=3)
-    assert r2_scores(predicted, theta[2000:]).mean == pytest.approx(0, abs=0.1)
+    theta = uniform(1500, 2)
+    pairs = torch.cat([uniform(1500, 4, seed=1), theta.roll(1, dims=0)], dim=1)
+    predicted = regress_transform(pairs[:1000], theta[:1000], pairs[1000:], seed=0, head="mlp", hidden_dim=16, epochs=3)
+    assert r2_scores(predicted, theta[1000:]).mean == pytest.approx(0, abs=0.15)
 
 
 def test_determined_by_the_seed_and_leaves_the_global_generator_alone():

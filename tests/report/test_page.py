@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import shutil
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,12 +11,11 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
-from selenium import webdriver
 
 from dinov2_eq.config.schema import Config
 from dinov2_eq.report import load_runs, render_page
+from tests.browser import needs_browser, opened, require_sound
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 STEPS = (0, 50, 100)
 
 
@@ -168,37 +166,12 @@ def test_a_run_that_only_began(tmp_path: Path) -> None:
         assert gap in page.text
 
 
-@pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="needs chromium and chromedriver on the PATH")
+@needs_browser
 def test_browser_shows_it_without_errors_or_requests(page_html: str, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text(page_html, encoding="utf-8")
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in (
-        "headless=new",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        f"user-data-dir={tmp_path / 'profile'}",
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER)) as browser:
-        browser.get(path.as_uri())
-        widths = browser.execute_script("return Array.from(document.images, image => image.naturalWidth)")
-        assert len(widths) == len(Page(page_html).images) and min(widths) > 0
-        browser.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True},
-        )
+    with opened(path, tmp_path / "profile") as browser:
+        assert require_sound(browser, path) == len(Page(page_html).images)
+        phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
-        assert browser.get_log("browser") == []
-        events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    requests = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    # The browser's own start page makes requests too.
-    ours = {request["request"]["url"] for request in requests if request["documentURL"] == path.as_uri()}
-    assert {url for url in ours if not url.startswith("data:")} == {path.as_uri()}

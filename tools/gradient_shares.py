@@ -1,0 +1,70 @@
+"""How hard each loss term pulls on the backbone: gradient norms of the unweighted terms at a run's newest checkpoint.
+
+This is what a weight such as lambda means in practice; the values of the losses do not say it.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dinov2_eq.checkpointer import Checkpointer
+from dinov2_eq.config.load import load_config
+from dinov2_eq.data.augmentations import make_views
+from dinov2_eq.data.corrupt import CorruptCounter
+from dinov2_eq.data.datasets import build_dataset
+from dinov2_eq.train.build import (
+    build_arch,
+    build_optimizer,
+    build_schedules,
+    build_task_transform,
+    build_train_loader,
+    num_reconstructed,
+)
+from dinov2_eq.train.state import TrainingState
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tools/gradient_shares.py", description=__doc__)
+    parser.add_argument("run", type=Path, help="run folder with a checkpoint")
+    parser.add_argument("--batches", type=int, default=4, help="mean over so many batches")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    config = load_config(str(args.run / "config.yaml"))
+    device = torch.device("cpu")
+    arch = build_arch(config, device)
+    checkpointer = Checkpointer(args.run / "checkpoints", config.train.keep_checkpoints)
+    step = checkpointer.newest_whole()
+    if step is None:
+        raise ValueError(f"{args.run} has no checkpoint")
+    counter = CorruptCounter(config.train.max_corrupt_share)
+    TrainingState(arch, build_optimizer(config, arch), counter, device).load(checkpointer, step)
+    scheduled = build_schedules(config).at(step - 1)
+    batches = iter(build_train_loader(config, build_dataset(config.train.dataset_path), step))
+    parameters = list(arch.student["backbone"].parameters())
+    norms: dict[str, float] = dict.fromkeys(arch.objectives, 0.0)
+    for _ in range(args.batches):
+        views = make_views(
+            next(batches),
+            transform=build_task_transform(config.equivariance),
+            num_intermediates=num_reconstructed(config.equivariance),
+            size=(config.crops.global_crops_size,) * 2,
+            mean=config.crops.mean,
+            std=config.crops.std,
+        )
+        losses = arch(views, scheduled).losses
+        for name, loss in losses.items():
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            squares = sum(gradient.square().sum() for gradient in gradients if gradient is not None)
+            norms[name] += squares.sqrt().item() / args.batches
+    weights = {name: arch.loss_weights[name] for name in norms}
+    print(json.dumps({"run": args.run.name, "step": step, "gradient_norm": norms, "weight": weights}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
