@@ -11,12 +11,13 @@ from torch import Tensor
 
 from dinov2_eq.data.datasets import ImageDataset, build_dataset
 from dinov2_eq.data.loaders import fixed_subset
+from dinov2_eq.distributed import pick_device
 from dinov2_eq.equivariance.transforms import TransformRanges, build_transform
-from dinov2_eq.evaluation.command_line import evaluation_parser, format_table, pick_device, positive, protocol_of
+from dinov2_eq.evaluation.command_line import evaluation_parser, format_table, positive, protocol_of
 from dinov2_eq.evaluation.encoder import load_encoder, random_encoder
-from dinov2_eq.evaluation.results import check_writable, results_folder, write_results
+from dinov2_eq.evaluation.results import results_folder, write_results
 from dinov2_eq.evaluation.transformed_pairs import PairFeatures, Setting, draw_theta, extract_pairs, settings_of
-from dinov2_eq.logging import setup_logging
+from dinov2_eq.logging import check_writable, setup_logging
 from dinov2_eq.probes.features import MODES
 from dinov2_eq.probes.transform_regression import (
     BATCH_SIZE,
@@ -112,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
             device=device,
             batch_size=args.batch_size,
             num_workers=args.num_workers,
+            half_precision=args.precision == "bf16",
         )
         logger.info("%s: %d images, features done, %.0f s", split, len(indices), time.perf_counter() - started)
         targets = {
@@ -143,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
         "num_train_images": num_train,
         "num_val_images": num_val,
         "optimizer": f"Adam, rate {LEARNING_RATE:g}, batch {BATCH_SIZE}, last epoch",
-        "inputs": "features of I and g(I), float32, concatenated, z-scored with training statistics",
+        "inputs": "features of I and g(I), concatenated, z-scored with training statistics",
         "targets": "parameters of g, each range scaled to [-1, 1]",
         "canvas_px": {setting.task: setting.appearance.side for setting in settings if setting.border == "canvas"},
         "mask_radius_px": {setting.task: setting.appearance.mask_radius for setting in masked},

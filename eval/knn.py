@@ -13,10 +13,11 @@ from tqdm import tqdm
 from dinov2_eq.data.datasets import build_dataset, require_labels
 from dinov2_eq.data.loaders import fixed_subset, make_eval_loader
 from dinov2_eq.data.seeding import Stream, torch_generator
-from dinov2_eq.evaluation.command_line import evaluation_parser, format_table, pick_device, positive, protocol_of
+from dinov2_eq.distributed import pick_device
+from dinov2_eq.evaluation.command_line import evaluation_parser, format_table, positive, protocol_of
 from dinov2_eq.evaluation.encoder import load_encoder
-from dinov2_eq.evaluation.results import check_writable, results_folder, write_results
-from dinov2_eq.logging import setup_logging
+from dinov2_eq.evaluation.results import results_folder, write_results
+from dinov2_eq.logging import check_writable, setup_logging
 from dinov2_eq.probes.features import extract_features
 from dinov2_eq.probes.knn import knn_accuracy
 
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
             std=encoder.std,
             device=device,
             mode="cls",
+            half_precision=args.precision == "bf16",
         )
         logger.info("%s: features of %d images, %.0f s", data_string, len(features), time.perf_counter() - started)
         return features, labels
@@ -110,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         "num_train_images": len(train_features),
         "num_val_images": len(val_features),
         "num_classes": len(train_labels.unique()),
-        "feature": "class token of the last block after the final norm, L2-normalised, float32",
+        "feature": "class token of the last block after the final norm, L2-normalised",
         "notices": notices,
     }
     path = write_results(folder / FILE_NAME, {"protocol": protocol, "encoder": encoder.description, "results": results})

@@ -1,4 +1,4 @@
-"""Rank, world size and the few collectives the losses need; each is a no-op on one process."""
+"""Device, rank, world size and the few collectives the losses need; each is a no-op on one process."""
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,19 @@ def get_world_size() -> int:
 
 def is_main_process() -> bool:
     return get_rank() == 0
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called "cpu" or "cuda", or with "auto" the GPU where there is one.
+
+    Raises:
+        ValueError: a GPU is asked for and torch sees none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: torch sees no GPU here; use auto or cpu")
+    return torch.device(name)
 
 
 @torch.no_grad()

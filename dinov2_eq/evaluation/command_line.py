@@ -24,6 +24,7 @@ def evaluation_parser(prog: str, description: str | None, batch_size: int) -> ar
     parser.add_argument("--batch-size", type=positive, default=batch_size, help="images in one forward")
     parser.add_argument("--num-workers", type=int, default=5, help="processes that read images; 0: this one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU, if any")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast of the backbone")
     return parser
 
 
@@ -33,15 +34,6 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-def pick_device(name: str) -> torch.device:
-    """Raises ValueError where a GPU is asked for and there is none."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU; use --device auto or cpu")
-    return torch.device(name)
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,10 +2,11 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from dinov2_eq.logging import check_writable
 
 
 def results_folder(pretrained_weights: str | Path, output_dir: str | Path | None) -> Path:
@@ -14,22 +15,6 @@ def results_folder(pretrained_weights: str | Path, output_dir: str | Path | None
         return Path(output_dir)
     path = Path(pretrained_weights)
     return path if path.is_dir() else path.parent
-
-
-def check_writable(folder: Path) -> None:
-    """Makes the folder, so that a long evaluation does not end in vain.
-
-    Raises:
-        OSError: it cannot be made or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"Results cannot be written to {folder} ({error.strerror or error}); choose another --output-dir"
-        ) from None
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> Path:

@@ -111,6 +111,7 @@ def extract_pairs(
     device: torch.device,
     batch_size: int,
     num_workers: int,
+    half_precision: bool = False,
 ) -> PairFeatures:
     """Features of I and g(I) for every encoder and setting.
 
@@ -120,7 +121,7 @@ def extract_pairs(
     Args:
         encoders: by name.
         theta: [draws, N, P] by task.
-        mode: which features, see `pooled_features`.
+        mode, half_precision: which features, and how they are computed, see `pooled_features`.
 
     Raises:
         ValueError: features that are NaN or infinite.
@@ -139,7 +140,14 @@ def extract_pairs(
     def encode(key: Appearance | Setting, images: Tensor) -> None:
         for name, encoder in encoders.items():
             rows = [
-                pooled_features(encoder.backbone, draw, mean=encoder.mean, std=encoder.std, mode=mode).cpu()
+                pooled_features(
+                    encoder.backbone,
+                    draw,
+                    mean=encoder.mean,
+                    std=encoder.std,
+                    mode=mode,
+                    half_precision=half_precision,
+                ).cpu()
                 for draw in images  # [draws, B, 3, S, S]
             ]
             features.setdefault((name, key), []).append(torch.stack(rows))  # [draws, B, D]

@@ -2,5 +2,6 @@
 
 from dinov2_eq.logging.metrics import MetricLogger
 from dinov2_eq.logging.setup import describe_run, setup_logging
+from dinov2_eq.logging.writable import check_writable
 
-__all__ = ["MetricLogger", "describe_run", "setup_logging"]
+__all__ = ["MetricLogger", "check_writable", "describe_run", "setup_logging"]

@@ -10,7 +10,13 @@ MODES = ("cls", "mean", "both")
 
 @torch.inference_mode()
 def pooled_features(
-    backbone: nn.Module, images: Tensor, *, mean: Sequence[float], std: Sequence[float], mode: str = "cls"
+    backbone: nn.Module,
+    images: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    mode: str = "cls",
+    half_precision: bool = False,
 ) -> Tensor:
     """One feature vector for each image, from the last block after the final norm.
 
@@ -19,6 +25,7 @@ def pooled_features(
         images: [B, 3, H, W] in [0, 1], not normalised.
         mean, std: pixel statistics the backbone was trained with.
         mode: "cls", the class token; "mean", the mean of the patch tokens; "both", the two concatenated.
+        half_precision: run the backbone under bfloat16 autocast.
 
     Returns:
         [B, D] float32, or [B, 2D] for "both".
@@ -26,13 +33,14 @@ def pooled_features(
     if mode not in MODES:
         raise ValueError(f"Unknown feature mode {mode!r}; available: {', '.join(MODES)}")
     mean_pixel, std_pixel = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
-    tokens = backbone((images - mean_pixel) / std_pixel, is_training=True)
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=half_precision):
+        tokens = backbone((images - mean_pixel) / std_pixel, is_training=True)
     parts = []
     if mode != "mean":
         parts.append(tokens["x_norm_clstoken"])
     if mode != "cls":
-        parts.append(tokens["x_norm_patchtokens"].mean(dim=1))
-    return torch.cat(parts, dim=1).float()
+        parts.append(tokens["x_norm_patchtokens"].float().mean(dim=1))
+    return torch.cat([part.float() for part in parts], dim=1)
 
 
 def extract_features(
@@ -43,6 +51,7 @@ def extract_features(
     std: Sequence[float],
     device: torch.device,
     mode: str = "cls",
+    half_precision: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`pooled_features` of whole batches (images, labels); the backbone is in eval mode meanwhile.
 
@@ -56,7 +65,12 @@ def extract_features(
     backbone.eval()
     try:
         found = [
-            (pooled_features(backbone, images.to(device), mean=mean, std=std, mode=mode).cpu(), labels)
+            (
+                pooled_features(
+                    backbone, images.to(device), mean=mean, std=std, mode=mode, half_precision=half_precision
+                ).cpu(),
+                labels,
+            )
             for images, labels in batches
         ]
     finally:

@@ -74,8 +74,9 @@ CLAIMS = {
         "Reading the transform from the features",
         "A probe on frozen features of an image and its transformed copy predicts the parameters of the transform: "
         "R\u00b2 = 1 is perfect, 0 no better than a constant. The tick across a bar is the same network untrained. "
-        "Trust the full bars (<em>none</em>, <em>canvas</em>): no border is visible there. Faint bars "
-        "(<em>masked</em>, <em>zeros</em>) have seen a border, and black corners give the angle away without learning.",
+        "Trust the full bars (<em>none</em>, <em>canvas</em>): all pixels are real. Of the faint bars, <em>masked</em> "
+        "shows only a disc that no border reaches, and <em>zeros</em> shows the black corners, which give the angle "
+        "away without any learning.",
     ),
 }
 

@@ -9,7 +9,7 @@ from dinov2_eq.report.html import badge, figure, labelled_row, missing, panels, 
 from dinov2_eq.report.runs import Run
 
 BORDERS = ("none", "canvas", "masked", "zeros")  # from no border at all to one that tells theta
-LEAKY_BORDERS = ("masked", "zeros")
+FAINT_BORDERS = ("masked", "zeros")
 ABSENT = "\u2013"
 
 # Logged quantity -> title and how to read it.
@@ -70,7 +70,7 @@ def knn(runs: Sequence[Run]) -> str:
         if run not in on_the_way:
             notes.append(missing(run, "no k-NN on the way", "train with", "evaluation.knn_period_steps=1250"))
         if run.knn is None:
-            command = f"dinov2-eq eval knn --output-dir {run.folder}"
+            command = _eval_command("knn", run)
             notes.append(missing(run, "no k-NN results", "make them with", command))
     return panels(shown) + "".join(notes)
 
@@ -92,7 +92,9 @@ def equivariance(runs: Sequence[Run]) -> str:
         parts.append(f"<details><summary>All values</summary>{values}</details>")
     for run in runs:
         if run.equivariance is None:
-            command = f"dinov2-eq eval equivariance --output-dir {run.folder}"
+            command = (
+                f"dinov2-eq eval equivariance --pretrained-weights {run.folder} --train-dataset ... --val-dataset ..."
+            )
             parts.append(missing(run, "no equivariance results", "make them with", command))
     return "".join(parts)
 
@@ -126,7 +128,7 @@ def _headline_results(runs: Sequence[Run]) -> list[str]:
         rows.append(labelled_row(f"k-NN, {label}", [_number(values, label, ".1f") for values in accuracies]))
     for task in _tasks(runs):
         borderless = [
-            [row for border in BORDERS if border not in LEAKY_BORDERS for row in _r2_rows(run, task, border, "trained")]
+            [row for border in BORDERS if border not in FAINT_BORDERS for row in _r2_rows(run, task, border, "trained")]
             for run in runs
         ]
         if any(borderless):
@@ -172,7 +174,7 @@ def _r2_figure(runs: Sequence[Run], task: str) -> str:
             references = [row["r2_pooled"] for row in _r2_rows(run, task, border, "random-init")]
             for row in _r2_rows(run, task, border, "trained"):
                 reference = references[0] if references else None
-                bars.append(Bar(border, run.letter, run.color, row["r2_pooled"], reference, border in LEAKY_BORDERS))
+                bars.append(Bar(border, run.letter, run.color, row["r2_pooled"], reference, border in FAINT_BORDERS))
     spoken = "; ".join(f"border {bar.group}, run {bar.label}: {bar.value:.3f}" for bar in bars)
     return figure(bar_panel(bars), f"R squared of {_words(task)}: {spoken}", _words(task).capitalize(), "")
 
@@ -190,3 +192,7 @@ def _words(task: str) -> str:
 
 def _number(values: dict[str, Any], key: str, spec: str) -> str:
     return format(values[key], spec) if key in values else ABSENT
+
+
+def _eval_command(name: str, run: Run) -> str:
+    return f"dinov2-eq eval {name} --pretrained-weights {run.folder} --train-dataset ... --val-dataset ..."

@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import nn
 from dinov2_eq.config.load import to_dict, to_yaml
 from dinov2_eq.config.schema import Config
 from dinov2_eq.distributed import is_main_process
+from dinov2_eq.logging import check_writable
 
 
 class RunFolder:
@@ -26,14 +26,7 @@ class RunFolder:
         """
         if not is_main_process():
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
-        except OSError as error:
-            raise OSError(
-                f"--output-dir {self.path} cannot be written ({error.strerror or error}); choose another folder"
-            ) from None
+        check_writable(self.path)
         checkpoints = self.path / "checkpoints"
         if fresh and checkpoints.exists():
             checkpoints.rename(self.path / f"checkpoints.replaced-{time.strftime('%Y%m%d-%H%M%S')}")

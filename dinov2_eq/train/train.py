@@ -17,7 +17,7 @@ from dinov2_eq.data.augmentations import make_views
 from dinov2_eq.data.corrupt import CorruptCounter
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.data.loaders import to_device
-from dinov2_eq.distributed import is_main_process
+from dinov2_eq.distributed import is_main_process, pick_device
 from dinov2_eq.logging import MetricLogger, describe_run, setup_logging
 from dinov2_eq.train.build import (
     build_arch,
@@ -63,14 +63,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--output-dir is missing: name the folder that the run writes to")
     else:
         do_train(config, args.output_dir, resume=not args.no_resume)
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device=cuda, but torch sees no GPU; set train.device=auto or cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:

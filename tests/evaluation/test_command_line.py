@@ -3,7 +3,8 @@ import time
 import pytest
 import torch
 
-from dinov2_eq.evaluation.command_line import evaluation_parser, format_table, pick_device, protocol_of
+from dinov2_eq.distributed import pick_device
+from dinov2_eq.evaluation.command_line import evaluation_parser, format_table, protocol_of
 
 
 def test_table():
