@@ -12,14 +12,13 @@ import torch
 
 from dinov2_eq.checkpointer import Checkpointer
 from dinov2_eq.config.load import load_config
-from dinov2_eq.data.augmentations import make_views
 from dinov2_eq.data.corrupt import CorruptCounter
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.train.build import (
     build_arch,
+    build_make_views,
     build_optimizer,
     build_schedules,
-    build_task_transform,
     build_train_loader,
     num_reconstructed,
 )
@@ -45,19 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     counter = CorruptCounter(config.train.max_corrupt_share)
     TrainingState(arch, build_optimizer(config, arch), counter, device).load(checkpointer, step)
     scheduled = build_schedules(config).at(step - 1)
-    batches = iter(build_train_loader(config, build_dataset(config.train.dataset_path), step))
+    batches = iter(build_train_loader(config, build_dataset(config.train.dataset_path), step, 0))
+    make_views = build_make_views(config, num_reconstructed(config.equivariance))
     parameters = list(arch.student["backbone"].parameters())
     norms: dict[str, float] = dict.fromkeys(arch.objectives, 0.0)
     for _ in range(args.batches):
-        views = make_views(
-            next(batches),
-            transform=build_task_transform(config.equivariance),
-            num_intermediates=num_reconstructed(config.equivariance),
-            size=(config.crops.global_crops_size,) * 2,
-            mean=config.crops.mean,
-            std=config.crops.std,
-        )
-        losses = arch(views, scheduled).losses
+        losses = arch(make_views(next(batches)), scheduled).losses
         for name, loss in losses.items():
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             squares = sum(gradient.square().sum() for gradient in gradients if gradient is not None)

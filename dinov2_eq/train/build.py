@@ -1,12 +1,15 @@
 """Config -> objects. The only place that knows both; every object gets plain values."""
 
 import zlib
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from dinov2_eq.config.schema import Config, EquivarianceConfig
-from dinov2_eq.data.augmentations import MultiCrop
+from dinov2_eq.data.augmentations import MultiCrop, make_views
 from dinov2_eq.data.datasets import ImageDataset
 from dinov2_eq.data.loaders import make_train_loader
 from dinov2_eq.data.masking import BlockMasking
@@ -25,6 +28,7 @@ from dinov2_eq.train.objectives.targets import build_targets
 from dinov2_eq.train.param_groups import build_param_groups
 from dinov2_eq.train.schedules import Schedules, scaled_lr
 from dinov2_eq.train.ssl_meta_arch import Network, SSLMetaArch
+from dinov2_eq.types import CollatedBatch, ViewBatch
 
 
 def global_batch_size(config: Config) -> int:
@@ -213,7 +217,21 @@ def build_multi_crop(config: Config) -> MultiCrop:
     )
 
 
-def build_train_loader(config: Config, dataset: ImageDataset, start_step: int):
+def build_make_views(config: Config, num_intermediates: int) -> Callable[[CollatedBatch], ViewBatch]:
+    """`make_views` with everything but the batch filled in; `num_intermediates` targets are made."""
+    return partial(
+        make_views,
+        transform=build_task_transform(config.equivariance),
+        num_intermediates=num_intermediates,
+        size=(config.crops.global_crops_size,) * 2,
+        mean=config.crops.mean,
+        std=config.crops.std,
+    )
+
+
+def build_train_loader(
+    config: Config, dataset: ImageDataset, start_step: int, num_workers: int
+) -> DataLoader[CollatedBatch]:
     """Batches from update number `start_step` on, without end."""
     masking = BlockMasking(
         patch_grid(config),
@@ -230,5 +248,5 @@ def build_train_loader(config: Config, dataset: ImageDataset, start_step: int):
         rank=get_rank(),
         world_size=get_world_size(),
         start_position=start_step * global_batch_size(config),
-        num_workers=config.train.num_workers,
+        num_workers=num_workers,
     )

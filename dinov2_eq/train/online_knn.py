@@ -1,5 +1,7 @@
 """k-NN accuracy of the teacher while it trains."""
 
+import logging
+
 import numpy as np
 import torch
 from torch import nn
@@ -11,6 +13,8 @@ from dinov2_eq.probes.features import extract_features
 from dinov2_eq.probes.knn import knn_accuracy
 
 BATCH_SIZE = 256
+
+logger = logging.getLogger(__name__)
 
 
 class OnlineKnn:
@@ -35,8 +39,8 @@ class OnlineKnn:
         require_labels(dataset, "the online k-NN")
         return dataset, fixed_subset(len(dataset), max_images)
 
-    def accuracy(self, backbone: nn.Module, device: torch.device) -> float:
-        """Top-1 in per cent."""
+    def measure(self, backbone: nn.Module, device: torch.device) -> dict[str, float]:
+        """Top-1 in per cent, under the name it is logged with."""
         (train_features, train_labels), (val_features, val_labels) = (
             extract_features(
                 backbone,
@@ -48,4 +52,6 @@ class OnlineKnn:
             )
             for dataset, indices in (self.train, self.val)
         )
-        return knn_accuracy(train_features, train_labels, val_features, val_labels, ks=[self.k])[self.k]["top1"]
+        accuracies = knn_accuracy(train_features, train_labels, val_features, val_labels, ks=[self.k])
+        logger.info("k-NN top-1 %.2f %%", accuracies[self.k]["top1"])
+        return {"eval/knn_top1": accuracies[self.k]["top1"]}

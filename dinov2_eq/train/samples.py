@@ -1,13 +1,12 @@
 """Pictures of the task as training goes on: the same few images each time, with their reconstructions."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2_eq.data.augmentations import make_views
-from dinov2_eq.equivariance.transforms import Transform
 from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
 from dinov2_eq.types import CollatedBatch, ViewBatch
 
@@ -21,30 +20,25 @@ class SampleWriter:
         self,
         folder: Path,
         batch: CollatedBatch,
-        *,
-        transform: Transform | None,
-        num_intermediates: int,
-        size: tuple[int, int],
-        mean: list[float],
-        std: list[float],
+        make_views: Callable[[CollatedBatch], ViewBatch],
+        mean: Sequence[float],
+        std: Sequence[float],
     ) -> None:
-        """`num_intermediates` is K also in the control, whose targets are shown though nothing rebuilds them."""
+        """`make_views` makes targets also for the control, which does not rebuild them."""
         self.folder = folder
-        self.size = size
-        self.mean, self.std = (torch.tensor(value)[:, None, None] for value in (mean, std))
+        self.mean, self.std = (torch.tensor(list(value))[:, None, None] for value in (mean, std))
         batch = _first(batch, NUM_IMAGES)
-        views = {"transform": transform, "num_intermediates": num_intermediates, "size": size, "mean": mean, "std": std}
-        self.views: ViewBatch = make_views(batch, **views)
-        still: ViewBatch = make_views(batch._replace(theta=torch.zeros_like(batch.theta)), **views)
+        self.views = make_views(batch)
+        still = make_views(batch._replace(theta=torch.zeros_like(batch.theta)))
+        num_intermediates = len(self.views.intermediate_targets)
         self.arrays = {
             "anchor_view": self._pixels(self.views.global_crops[0]),
             "base_view": self._pixels(still.global_crops[1]),  # g with theta = 0
             "transformed_view": self._pixels(self.views.global_crops[1]),
+            "intermediate_targets": self._pixels(self.views.intermediate_targets),
+            "fractions": np.arange(1, num_intermediates + 1) / (num_intermediates + 1),
             "theta": batch.theta.cpu().numpy(),
         }
-        if transform is not None:
-            self.arrays["intermediate_targets"] = self._pixels(self.views.intermediate_targets)
-            self.arrays["fractions"] = np.arange(1, num_intermediates + 1) / (num_intermediates + 1)
 
     @torch.no_grad()
     def write(self, arch: SSLMetaArch, step: int) -> None:
@@ -52,7 +46,8 @@ class SampleWriter:
         if "reconstruction" in arch.objectives:
             arch.eval()
             student = arch.student(self.views.global_crops)
-            arrays["reconstructions"] = self._pixels(arch.objectives["reconstruction"].reconstruct(student, self.size))
+            size = self.views.global_crops.shape[-2:]
+            arrays["reconstructions"] = self._pixels(arch.objectives["reconstruction"].reconstruct(student, size))
             arch.train()
         self.folder.mkdir(exist_ok=True)
         np.savez_compressed(self.folder / f"step_{step:07d}.npz", **arrays)
@@ -64,7 +59,7 @@ class SampleWriter:
 
 
 def _first(batch: CollatedBatch, number: int) -> CollatedBatch:
-    """The first images of a batch, without masks."""
+    """The first images of a batch, without local crops and masks."""
     return batch._replace(
         anchor_crops=batch.anchor_crops[:number],
         base_canvases=batch.base_canvases[:number],

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from dinov2_eq.data.augmentations import make_views
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.loss import centered_softmax, dino_loss, ibot_loss, koleo_loss
 from dinov2_eq.train.build import (
     build_arch,
+    build_make_views,
     build_optimizer,
     build_schedules,
-    build_task_transform,
     build_train_loader,
     num_reconstructed,
 )
@@ -20,15 +19,8 @@ CPU = torch.device("cpu")
 
 
 def one_batch(config):
-    batch = next(iter(build_train_loader(config, build_dataset(config.train.dataset_path), 0)))
-    return make_views(
-        batch,
-        transform=build_task_transform(config.equivariance),
-        num_intermediates=num_reconstructed(config.equivariance),
-        size=(config.crops.global_crops_size,) * 2,
-        mean=config.crops.mean,
-        std=config.crops.std,
-    )
+    batch = next(iter(build_train_loader(config, build_dataset(config.train.dataset_path), 0, 0)))
+    return build_make_views(config, num_reconstructed(config.equivariance))(batch)
 
 
 def forward(config, batch=None):

@@ -9,8 +9,9 @@ import torch
 
 from dinov2_eq.config.load import load_config
 from dinov2_eq.data.datasets import DataError
+from dinov2_eq.train.finite import NonFiniteError
+from dinov2_eq.train.meter import effective_rank
 from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
-from dinov2_eq.train.step import NonFiniteError, effective_rank
 from dinov2_eq.train.train import do_train, main
 from tests.helpers import TINY, tiny_config
 
@@ -163,7 +164,7 @@ def test_resume_from_a_half_written_checkpoint(tmp_path):
 
 def test_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"cannot be written.*choose another folder"):
+    with pytest.raises(OSError, match=r"cannot be written.*choose another --output-dir"):
         do_train(tiny_config(), tmp_path / "file" / "run")
 
 

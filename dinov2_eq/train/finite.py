@@ -1,0 +1,41 @@
+"""A run stops before a NaN or an infinity reaches its weights."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_eq.types import StepOutput
+
+ADVICE = (
+    "the weights were not updated. Lower optim.base_lr, lengthen optim.warmup_steps, or look at the batch; the last "
+    "checkpoint is good"
+)
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient is NaN or infinite."""
+
+
+def require_finite(output: StepOutput, step: int) -> None:
+    """Raises NonFiniteError with the names of the terms that are NaN or infinite."""
+    values = torch.stack([loss.detach().float() for loss in output.losses.values()])
+    if not values.isfinite().all():
+        terms = dict(zip(output.losses, values.tolist(), strict=True))
+        broken = ", ".join(f"{name} = {value}" for name, value in terms.items() if not math.isfinite(value))
+        raise NonFiniteError(f"Loss not finite at step {step}: {broken}; {ADVICE}")
+
+
+def clip_gradients(modules: Mapping[str, nn.Module], clip_grad: float, step: int) -> dict[str, Tensor]:
+    """Clips each module's gradient to the norm `clip_grad` (0: not at all); returns the norms before that.
+
+    Raises:
+        NonFiniteError: a gradient is NaN or infinite.
+    """
+    limit = clip_grad if clip_grad > 0 else float("inf")
+    norms = {name: nn.utils.clip_grad_norm_(module.parameters(), limit) for name, module in modules.items()}
+    if not torch.stack(list(norms.values())).isfinite().all():
+        broken = [name for name, norm in norms.items() if not norm.isfinite()]
+        raise NonFiniteError(f"The gradient of {', '.join(broken)} is not finite at step {step}; {ADVICE}")
+    return norms

@@ -1,0 +1,80 @@
+"""The numbers of a run that are logged."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from dinov2_eq.types import StepOutput
+
+
+def effective_rank(features: Tensor) -> Tensor:
+    """exp(entropy) of the singular values of features [n, D]: how many directions they fill (RankMe, arXiv 2210.02885).
+
+    A collapse of the representation shows here first: the value falls towards 1.
+    """
+    singular = torch.linalg.svdvals(features.float())
+    return torch.special.entr(singular / singular.sum().clamp(min=1e-12)).sum().exp()
+
+
+class StepMeter:
+    """Averages over the steps since the last `reset`; tensors stay on the device until `summary`."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._sums: dict[str, Tensor | float] = defaultdict(float)
+        self._steps = self._forwards = self._images = 0
+        self._waited = 0.0
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around whatever waits for data."""
+        asked = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - asked
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around whatever is not training: evaluation, pictures, checkpoints."""
+        began = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - began
+
+    def add(self, output: StepOutput, num_images: int) -> None:
+        self._sums["total_loss"] += output.total.detach()
+        for name, loss in output.losses.items():
+            self._sums[f"loss/{name}"] += loss.detach()
+        for name, value in output.metrics.items():
+            self._sums[name] += value
+        self._teacher_cls = output.teacher_cls
+        self._forwards += 1
+        self._images += num_images
+
+    def end_step(self, grad_norms: Mapping[str, Tensor]) -> None:
+        self._grad_norms = grad_norms
+        self._steps += 1
+
+    def summary(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self._started
+        values = {name: float(total) / self._forwards for name, total in self._sums.items()}
+        values["feature_rank"] = float(effective_rank(self._teacher_cls))
+        values |= {f"grad_norm/{name}": float(norm) for name, norm in self._grad_norms.items()}
+        values["data_wait_share"] = self._waited / seconds
+        values["images_per_second"] = self._images / seconds
+        return values
+
+    def line(self, values: Mapping[str, float], done: int, steps: int) -> str:
+        """One line for a person."""
+        terms = "  ".join(f"{name[5:]} {value:.4f}" for name, value in values.items() if name.startswith("loss/"))
+        seconds_per_step = (time.perf_counter() - self._started) / self._steps
+        left = (steps - done) * seconds_per_step
+        return (
+            f"step {done}/{steps}  loss {values['total_loss']:.4f}  {terms}  lr {values['lr']:.2e}  "
+            f"{values['images_per_second']:.0f} images/s  {left / 60:.1f} min left"
+        )

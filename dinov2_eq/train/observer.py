@@ -1,0 +1,101 @@
+"""What a run shows while it trains: log lines, metrics, pictures, online k-NN, teacher checkpoints."""
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from dinov2_eq.config.schema import Config
+from dinov2_eq.data.datasets import ImageDataset
+from dinov2_eq.data.loaders import to_device
+from dinov2_eq.distributed import is_main_process
+from dinov2_eq.logging import MetricLogger
+from dinov2_eq.train.build import build_make_views, build_train_loader
+from dinov2_eq.train.meter import StepMeter
+from dinov2_eq.train.online_knn import OnlineKnn
+from dinov2_eq.train.run_folder import write_teacher
+from dinov2_eq.train.samples import SampleWriter
+from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
+
+logger = logging.getLogger(__name__)
+
+
+class Observer:
+    """Looks at a run after each step and changes nothing in it."""
+
+    def __init__(
+        self,
+        steps: int,
+        start: int,
+        log_period: int,
+        metrics: MetricLogger | None,
+        actions: Mapping[Callable[[int], Mapping[str, float] | None], int],
+    ) -> None:
+        """
+        Args:
+            steps: length of the run.
+            start: steps done before this start of the run.
+            log_period: steps between two log lines.
+            metrics: None on all but the main process.
+            actions: functions of the finished steps, each with its period in steps; all are called at the end too. What
+                one returns is logged.
+        """
+        self.steps = steps
+        self.log_period = log_period
+        self.metrics = metrics
+        self.actions = actions
+        self.bar = tqdm(
+            total=steps, initial=start, unit="step", disable=not (sys.stdout.isatty() and is_main_process())
+        )
+
+    def after_step(self, done: int, meter: StepMeter, more: Mapping[str, float]) -> None:
+        """`done` counts the finished steps; `more` is logged beside what the meter knows."""
+        self.bar.update()
+        if done % self.log_period == 0 or done == self.steps:
+            values = {**meter.summary(), **more}
+            logger.info("%s", meter.line(values, done, self.steps))
+            self._log(done, values)
+            meter.reset()
+        with meter.paused():
+            self.act(done)
+
+    def act(self, done: int) -> None:
+        """Every action that is due after `done` steps."""
+        for action, period in self.actions.items():
+            if done % period == 0 or done == self.steps:
+                self._log(done, action(done) or {})
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.metrics:
+            self.metrics.close()
+
+    def _log(self, done: int, values: Mapping[str, float]) -> None:
+        if self.metrics and values:
+            self.metrics.log(done, values)
+
+
+def build_observer(
+    config: Config, folder: Path, arch: SSLMetaArch, dataset: ImageDataset, device: torch.device, start: int
+) -> Observer:
+    """Raises ValueError where the data of the online k-NN has no labels, or fewer images than k."""
+    evaluation, steps = config.evaluation, config.optim.steps
+    actions: dict[Callable[[int], Mapping[str, float] | None], int] = {}
+    if evaluation.knn_period_steps > 0:
+        knn = OnlineKnn(evaluation, config.crops, config.train.num_workers)
+        actions[lambda done: knn.measure(arch.teacher["backbone"], device)] = evaluation.knn_period_steps
+    if evaluation.sample_period_steps > 0 and is_main_process():
+        samples = _build_samples(config, folder, dataset, device)
+        actions[lambda done: samples.write(arch, done)] = evaluation.sample_period_steps
+    actions[lambda done: write_teacher(folder, arch.teacher, config, done)] = evaluation.eval_period_steps or steps
+    metrics = MetricLogger(folder, start) if is_main_process() else None
+    return Observer(steps, start, config.train.log_period_steps, metrics, actions)
+
+
+def _build_samples(config: Config, folder: Path, dataset: ImageDataset, device: torch.device) -> SampleWriter:
+    batch = to_device(next(iter(build_train_loader(config, dataset, start_step=0, num_workers=0))), device)
+    make_views = build_make_views(config, config.equivariance.num_intermediates if config.equivariance.enabled else 0)
+    return SampleWriter(folder / "samples", batch, make_views, config.crops.mean, config.crops.std)
