@@ -90,7 +90,12 @@ def build_observer(
     if evaluation.sample_period_steps > 0 and is_main_process():
         samples = _build_samples(config, folder, dataset, device)
         actions[lambda done: samples.write(arch, done)] = evaluation.sample_period_steps
-    actions[lambda done: write_teacher(folder, arch.teacher, config, done)] = evaluation.eval_period_steps or steps
+
+    def write_trained_teacher(done: int) -> None:
+        if done > 0:
+            write_teacher(folder, arch.teacher, config, done)
+
+    actions[write_trained_teacher] = evaluation.eval_period_steps or steps
     metrics = MetricLogger(folder, start) if is_main_process() else None
     return Observer(steps, start, config.train.log_period_steps, metrics, actions)
 
