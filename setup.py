@@ -25,7 +25,7 @@ setup(
         "dinov2_eq.configs",
     ],
     package_dir={"dinov2_eq.eval": "eval", "dinov2_eq.tools": "tools", "dinov2_eq.configs": "configs"},
-    package_data={"dinov2_eq.configs": ["train/*.yaml"]},
+    package_data={"dinov2_eq.configs": ["train/*.yaml", "train/*/*.yaml"]},
     install_requires=[
         "torch>=2.10",
         "torchvision",
@@ -38,6 +38,7 @@ setup(
         "kornia",
         "pyarrow",
         "scikit-learn",
+        "scipy",
         "matplotlib",
         "tensorboard",
         "tqdm",

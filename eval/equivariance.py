@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-train-images", type=positive, default=10000, help="the first so many of a fixed shuffle train the head")
     add("--max-val-images", type=positive, default=2000, help="the first so many of a fixed shuffle are scored")
     add("--draws", type=positive, default=1, help="transforms drawn for each training image")
-    add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="transforms to regress, by name")
+    add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="names or package.module:ClassName")
     add("--tokens", choices=MODES, default="both", help="class token, mean of the patch tokens, or both")
     add("--head", choices=HEADS, default="mlp", help="what reads the features")
     add("--hidden-dim", type=positive, default=1024, help="width of the mlp")

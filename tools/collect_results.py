@@ -8,69 +8,133 @@ from typing import Any
 
 import numpy as np
 
-from dinov2_eq.report.runs import load_runs
+from dinov2_eq.data.datasets.data_string import parse_data_string
+from dinov2_eq.evaluation.results import write_results
+from dinov2_eq.models import ARCHS
+from dinov2_eq.report.runs import Run, load_runs
 
 TASKS = ("rotation", "translation", "color_jitter", "blur")
-SUMMARY = ("mean_border_free", "mean_masked", "mean_zeros")
+MEANS = ("mean_border_free", "mean_masked")
+PROBES = ("knn", "equivariance")
+# What may differ between probes whose numbers compare. The rows say at which k.
+NOT_PROTOCOL = {"seconds", "environment", "config_file", "num_workers", "random_init", "nb_knn", "notices"}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tools/collect_results.py", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders with results_eval_knn and _equivariance.json")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; the table goes beside it as .md")
+    parser.add_argument("--k", type=int, help="neighbours of the k-NN column (default: the most that all runs have)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    runs = [read_run(folder) for folder in args.runs]
-    rows = [row for run in runs for row in run["rows"]]
-    protocol = {name: runs[0][name] for name in ("knn_protocol", "equivariance_protocol", "environment")}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({**protocol, "rows": rows}, indent=1) + "\n")
+    runs = [load_runs([folder])[0] for folder in args.runs]
+    for run in runs:
+        for probe in PROBES:
+            if results_of(run, probe) is None:
+                raise FileNotFoundError(
+                    f"{run.folder} has no results_eval_{probe}.json; 'dinov2-eq eval {probe}' writes it"
+                )
+    protocols = {f"{probe}_protocol": common_protocol(runs, probe) for probe in PROBES}
+    k = choose_k(runs, args.k)
+    rows = [*untrained_rows(runs), *map(row_of, runs)]
+    write_results(args.output, {**protocols, "rows": rows})
     table = args.output.with_suffix(".md")
-    table.write_text(markdown(rows) + "\n")
-    print(table.read_text(), end="")
+    table.write_text(markdown(rows, k) + "\n", encoding="utf-8")
+    print(table.read_text(encoding="utf-8"), end="")
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """One row for the run, and one for the untrained backbone where the probe has it.
+def results_of(run: Run, probe: str) -> dict[str, Any] | None:
+    return {"knn": run.knn, "equivariance": run.equivariance}[probe]
+
+
+def common_protocol(runs: Sequence[Run], probe: str) -> dict[str, Any]:
+    """How all runs were probed.
 
     Raises:
-        FileNotFoundError: a probe is missing.
+        ValueError: one was probed otherwise than the first.
     """
-    run = load_runs([folder])[0]
-    for probe, results in {"knn": run.knn, "equivariance": run.equivariance}.items():
-        if results is None:
-            raise FileNotFoundError(f"{folder} has no results_eval_{probe}.json; 'dinov2-eq eval {probe}' writes it")
+
+    def protocol_of(run: Run) -> dict[str, Any]:
+        protocol = {key: value for key, value in results_of(run, probe)["protocol"].items() if key not in NOT_PROTOCOL}
+        return protocol | {key: without_folders(protocol[key]) for key in ("train_dataset", "val_dataset")}
+
+    expected = protocol_of(runs[0])
+    for run in runs[1:]:
+        found = protocol_of(run)
+        if different := [key for key in expected | found if expected.get(key) != found.get(key)]:
+            differences = "; ".join(f"{key} is {found.get(key)!r}, not {expected.get(key)!r}" for key in different)
+            raise ValueError(
+                f"The {probe} results of {run.folder} do not compare with those of {runs[0].folder}: {differences}. "
+                f"Repeat 'dinov2-eq eval {probe}' with the same flags for all runs"
+            )
+    return expected
+
+
+def choose_k(runs: Sequence[Run], wanted: int | None) -> str:
+    """Raises ValueError where some run has no accuracy at that k."""
+    by_run = {run.folder.name: {int(k) for k in run.knn["results"].get("full", {})} for run in runs}
+    common = set.intersection(*by_run.values())
+    usable = common if wanted is None else common & {wanted}
+    if not usable:
+        raise ValueError(
+            f"Not all runs have a k-NN accuracy at {'one k' if wanted is None else f'k = {wanted}'} on all training "
+            f"images: {'; '.join(f'{name} has {sorted(ks)}' for name, ks in by_run.items())}. Choose --k, or repeat "
+            "'dinov2-eq eval knn' with the same --nb_knn for all runs"
+        )
+    return str(max(usable))
+
+
+def row_of(run: Run) -> dict[str, Any]:
     task, training = run.config["equivariance"], run.config["train"]
-    steps = run.config["optim"]["steps"]
+    environment = json.loads((run.folder / "environment.json").read_text())
+    batch_size = training["batch_size_per_gpu"] * training["accumulation_steps"]
+    steps = run.equivariance["encoder"]["step"]
     speeds = run.curve("images_per_second")[1]
-    row = {
-        "run": folder.name,
+    kind = "task" if run.reconstructs else "control, λ = 0" if task["enabled"] else "base method"
+    return {
+        "run": run.folder.name,
+        "kind": kind,
+        **({key: task[key] for key in ("transform", "border", "decoder", "loss_weight")} if task["enabled"] else {}),
         "seed": training["seed"],
         "steps": steps,
-        "images_seen": steps * training["batch_size_per_gpu"] * training["accumulation_steps"],
-        "enabled": task["enabled"],
-        **({key: task[key] for key in ("loss_weight", "transform", "border", "decoder")} if task["enabled"] else {}),
+        "batch_size": batch_size,
+        "images_seen": steps * batch_size,
+        "data": without_folders(training["dataset_path"]),
+        **backbone_of(run),
+        "device": environment["device"],
+        "commit": environment["commit"],
+        "images_per_second": float(np.median(speeds)) if len(speeds) else None,
         "knn_top1": {k: accuracy["top1"] for k, accuracy in run.knn["results"]["full"].items()},
-        "images_per_second": float(np.median(speeds)),
-        **scores_of(run.equivariance, "trained"),
+        **scores_of(run, "trained"),
     }
-    rows = [row]
-    if any(entry["encoder"] == "random-init" for entry in run.equivariance["rows"]):
-        rows.insert(0, {"run": "random init", **scores_of(run.equivariance, "random-init")})
+
+
+def untrained_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One for each architecture whose probe has it."""
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        scores, backbone = scores_of(run, "random-init"), backbone_of(run)
+        if scores["r2"] and not any(row.items() >= backbone.items() for row in rows):
+            rows.append({"run": "random init", "kind": "untrained", **backbone, **scores})
+    return rows
+
+
+def backbone_of(run: Run) -> dict[str, Any]:
+    student = run.config["student"]
     return {
-        "rows": rows,
-        "knn_protocol": run.knn["protocol"],
-        "equivariance_protocol": run.equivariance["protocol"],
-        "environment": json.loads((folder / "environment.json").read_text()),
+        "arch": student["arch"],
+        "depth": student["depth"] or ARCHS[student["arch"]].depth,
+        "patch_size": student["patch_size"],
+        "image_size": run.config["crops"]["global_crops_size"],
     }
 
 
-def scores_of(equivariance: dict[str, Any], encoder: str) -> dict[str, Any]:
+def scores_of(run: Run, encoder: str) -> dict[str, Any]:
     """R2 (pooled and mean over components) by task and border, and the means over the tasks."""
-    rows = [row for row in equivariance["rows"] if row["encoder"] == encoder]
+    rows = [row for row in run.equivariance["rows"] if row["encoder"] == encoder]
     return {
         "r2": {
             f"{row['task']}/{row['border']}": {
@@ -80,22 +144,28 @@ def scores_of(equivariance: dict[str, Any], encoder: str) -> dict[str, Any]:
             }
             for row in rows
         },
-        "r2_means": {row["name"]: row["r2_pooled"] for row in equivariance["summary"] if row["encoder"] == encoder},
+        "r2_means": {row["name"]: row["r2_pooled"] for row in run.equivariance["summary"] if row["encoder"] == encoder},
     }
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def without_folders(data_string: str) -> str:
+    """The data string with the last part only of each path, which is what means something on another machine."""
+    name, options = parse_data_string(data_string)
+    return ":".join([name, *(f"{key}={Path(value).name}" for key, value in options.items())])
+
+
+def markdown(rows: Sequence[dict[str, Any]], k: str) -> str:
     """Pooled R2: rotation and translation as border-free / masked / zeros, colour and blur as unmasked / masked."""
-    header = ["run", "rotation", "translation", "colour", "blur", "mean border-free", "mean masked", "k-NN %"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    numbers = ["rotation", "translation", "colour", "blur", "mean border-free", "mean masked", f"{k}-NN %"]
+    header = ["run", "kind", *numbers]
+    lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * len(numbers)]
     for row in rows:
-        cells = [row["run"]]
+        cells = [row["run"], row["kind"]]
         for task in TASKS:
             borders = [border for border in ("canvas", "none", "masked", "zeros") if f"{task}/{border}" in row["r2"]]
             cells.append(" / ".join(f"{row['r2'][f'{task}/{border}']['pooled']:.2f}" for border in borders))
-        cells += [f"{row['r2_means'][name]:.3f}" for name in SUMMARY[:2]]
-        accuracies = row.get("knn_top1")
-        cells.append(f"{accuracies['20']:.1f}" if accuracies else "")
+        cells += [f"{row['r2_means'][name]:.3f}" if name in row["r2_means"] else "" for name in MEANS]
+        cells.append(f"{row['knn_top1'][k]:.1f}" if "knn_top1" in row else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -2,26 +2,39 @@
 # The whole job on generated images and a CPU: two runs (the task; the control that reconstructs nothing), probes, report.
 set -euo pipefail
 out=${1:-demo}
-bin=${BIN:-$(dirname "$(command -v dinov2-eq)")}
+program=${BIN:-$(dirname "$(command -v dinov2-eq)")}/dinov2-eq
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 
 # One process on each core finishes sooner than two processes that share both.
 run_both() {
-    OMP_NUM_THREADS=1 "$@" "$out/task" & local task=$!
-    OMP_NUM_THREADS=1 "$@" "$out/control" & local control=$!
-    wait "$task" && wait "$control"
+    OMP_NUM_THREADS=1 "$1" "$out/task" & local task=$!
+    OMP_NUM_THREADS=1 "$1" "$out/control" & local control=$!
+    wait "$task" || fail "$1 $out/task"
+    wait "$control" || fail "$1 $out/control"
+}
+fail() {
+    echo "$0: '$1' failed, see above" >&2
+    exit 1
 }
 
+# Each replaces the shell it runs in, so that the trap reaches the program itself.
 train() {
     local weight=1.0 && [[ $1 == */control ]] && weight=0
-    "$bin/dinov2-eq" train --config-file demo --output-dir "$1" --no-resume equivariance.loss_weight="$weight"
+    exec "$program" train --config-file demo --output-dir "$1" --no-resume equivariance.loss_weight="$weight"
 }
 probe() {
-    "$bin/dinov2-eq" eval equivariance --pretrained-weights "$1" --output-dir "$1" \
-        --train-dataset Shapes:split=TRAIN --val-dataset Shapes:split=VAL \
-        --max-train-images 1000 --max-val-images 500 --hidden-dim 256 --epochs 30
+    exec "$program" eval "$1" --pretrained-weights "$2" --output-dir "$2" --num-workers 0 --precision bf16 \
+        --train-dataset Shapes:split=TRAIN --val-dataset Shapes:split=VAL "${@:3}"
+}
+knn() {
+    probe knn "$1" --max-images 1000 --nb_knn 20
+}
+equivariance() {
+    probe equivariance "$1" --max-train-images 1000 --max-val-images 500 --max-shift 0.125 --hidden-dim 256 --epochs 30
 }
 
 run_both train
-run_both probe
-"$bin/dinov2-eq" report "$out/task" "$out/control" --output "$out/report.html"
-echo "Open $out/report.html in a browser."
+run_both knn
+run_both equivariance
+"$program" report "$out/task" "$out/control" --output "$out/report.html"
+echo "$out/report.html"

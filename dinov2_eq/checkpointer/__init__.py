@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dinov2_eq.distributed import is_distributed
@@ -86,7 +87,7 @@ class Checkpointer:
             ValueError: the tensors of `state["model"]` are not those that were saved (another architecture).
         """
         folder = self.folder / str(step)
-        stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        stored = self._stored(step)
         saved = {name: tuple(entry.size) for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
         saved = {name: size for name, size in saved.items() if name.startswith("model.")}
         wanted = {f"model.{name}": tuple(tensor.shape) for name, tensor in state["model"].items()}
@@ -98,8 +99,22 @@ class Checkpointer:
                 + "; ".join(examples)
                 + "). Use the config that the run began with, another --output-dir, or --no-resume"
             )
-        with _one_process_is_normal():
-            dcp.load(state, checkpoint_id=folder, no_dist=not is_distributed())
+        try:
+            with _one_process_is_normal():
+                dcp.load(state, checkpoint_id=folder, no_dist=not is_distributed())
+        except CheckpointException as error:
+            reason = str(next(iter(error.failures.values()))[0])
+            raise ValueError(
+                f"Checkpoint {folder} does not fit this config: {reason}. Use the config that the run began with, "
+                "another --output-dir, or --no-resume"
+            ) from None
+
+    def stored_names(self, step: int) -> set[str]:
+        """Names of everything that the checkpoint of `step` holds, nested names joined by dots."""
+        return set(self._stored(step))
+
+    def _stored(self, step: int) -> dict[str, Any]:
+        return dcp.FileSystemReader(self.folder / str(step)).read_metadata().state_dict_metadata
 
     def _damage(self, step: int) -> str | None:
         folder = self.folder / str(step)

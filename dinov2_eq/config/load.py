@@ -83,10 +83,18 @@ def _read_yaml(path: Path) -> DictConfig:
 
 
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    values = OmegaConf.create()
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"Override {override!r} has no '='; write section.key=value, for example optim.steps=1000")
-    return OmegaConf.from_dotlist(list(overrides))
+        try:
+            values.merge_with_dotlist([override])
+        except (YAMLError, OmegaConfBaseException):
+            raise ValueError(
+                f"Override {override!r}: what follows '=' is not valid YAML; close every bracket and quote, "
+                "for example crops.blur_prob=[0.0,0.9,0.5]"
+            ) from None
+    return values
 
 
 def _leaves(values: Any, prefix: str = "") -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Device, rank, world size and the few collectives the losses need; each is a no-op on one process."""
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,6 +21,16 @@ def get_world_size() -> int:
 
 def is_main_process() -> bool:
     return get_rank() == 0
+
+
+def require_one_process() -> None:
+    """Raises ValueError when a launcher started several processes, which would all do the same work."""
+    launched = max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    if launched > 1:
+        raise ValueError(
+            f"{launched} processes were launched, but this version trains in one. Launch one process on one GPU and "
+            "reach the batch that you want with train.accumulation_steps"
+        )
 
 
 def pick_device(name: str) -> torch.device:

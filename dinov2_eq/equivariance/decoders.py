@@ -1,10 +1,12 @@
 """Decoders D_k: from the equivariant tokens of both views to one intermediate image (arXiv 2503.18753, section 3).
 
-All decoders have one signature, `decoder(anchor, transformed, grid) -> image`: tokens [B, N, D_equi] of the two views,
-the token grid (h, w) with h * w = N, and an image [B, 3, h * patch_size, w * patch_size] in normalised pixel values.
+All decoders are built from `DecoderSettings` and have one signature, `decoder(anchor, transformed, grid) -> image`:
+tokens [B, N, D_equi] of the two views, the token grid (h, w) with h * w = N, and an image
+[B, 3, h * patch_size, w * patch_size] in normalised pixel values.
 """
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -16,6 +18,18 @@ from dinov2_eq.layers.cross_attention import CrossAttention
 
 NUM_CONVOLUTIONS = 4  # as in the paper
 HEAD_DIM = 64
+
+
+@dataclass(frozen=True)
+class DecoderSettings:
+    """What a decoder can depend on; each reads what concerns it."""
+
+    equivariant_dim: int
+    patch_size: int
+    dim: int  # width after the first layer
+    depth: int  # self-attention layers
+    grid: tuple[int, int]  # patches (h, w) of the images
+    attention: str = "auto"  # backend of attention layers
 
 
 class UpsamplingConvs(nn.Module):
@@ -45,10 +59,10 @@ class UpsamplingConvs(nn.Module):
 class ConvDecoder(nn.Module):
     """One linear layer on the tokens of both views, patch by patch, then four convolutions."""
 
-    def __init__(self, equivariant_dim: int, patch_size: int, dim: int) -> None:
+    def __init__(self, settings: DecoderSettings) -> None:
         super().__init__()
-        self.linear = nn.Linear(2 * equivariant_dim, dim)
-        self.convs = UpsamplingConvs(patch_size, dim)
+        self.linear = nn.Linear(2 * settings.equivariant_dim, settings.dim)
+        self.convs = UpsamplingConvs(settings.patch_size, settings.dim)
 
     def init_weights(self) -> None:
         _reset(self)
@@ -65,11 +79,11 @@ class PooledConvDecoder(nn.Module):
     of the image's feature vector. This one does: layout and transform must be in the mean token itself.
     """
 
-    def __init__(self, equivariant_dim: int, patch_size: int, dim: int, grid: tuple[int, int]) -> None:
+    def __init__(self, settings: DecoderSettings) -> None:
         super().__init__()
-        self.map_shape = (dim, *grid)
-        self.linear = nn.Linear(2 * equivariant_dim, math.prod(self.map_shape))
-        self.convs = UpsamplingConvs(patch_size, dim)
+        self.map_shape = (settings.dim, *settings.grid)
+        self.linear = nn.Linear(2 * settings.equivariant_dim, math.prod(self.map_shape))
+        self.convs = UpsamplingConvs(settings.patch_size, settings.dim)
 
     def init_weights(self) -> None:
         _reset(self)
@@ -90,16 +104,22 @@ class CrossAttentionDecoder(nn.Module):
     """One cross-attention layer (queries: transformed view; keys and values: anchor view), `depth` self-attention
     layers, one linear layer to pixels (the structure of arXiv 2412.03314; the sizes are ours)."""
 
-    def __init__(self, equivariant_dim: int, patch_size: int, dim: int, depth: int, attention: str) -> None:
+    def __init__(self, settings: DecoderSettings) -> None:
         super().__init__()
-        self.patch_size = patch_size
+        dim, attention = settings.dim, settings.attention
+        if dim % HEAD_DIM:
+            raise ValueError(
+                f"equivariance.decoder_dim={dim}: the cross_attention decoder has heads of {HEAD_DIM} channels; "
+                f"give a multiple of {HEAD_DIM}"
+            )
         num_heads = dim // HEAD_DIM
-        self.linear = nn.Linear(equivariant_dim, dim)
+        self.patch_size = settings.patch_size
+        self.linear = nn.Linear(settings.equivariant_dim, dim)
         self.query_norm, self.context_norm = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.cross_attention = CrossAttention(dim, num_heads, backend=attention)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, backend=attention) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, num_heads, backend=attention) for _ in range(settings.depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pixels = nn.Linear(dim, 3 * patch_size**2)
+        self.pixels = nn.Linear(dim, 3 * self.patch_size**2)
 
     def init_weights(self) -> None:
         for module in self.modules():
@@ -121,39 +141,15 @@ class CrossAttentionDecoder(nn.Module):
         return F.fold(patches.transpose(1, 2), size, kernel_size=self.patch_size, stride=self.patch_size)
 
 
-DECODERS = ("conv", "cross_attention", "pooled_conv")
+DECODERS = {"conv": ConvDecoder, "cross_attention": CrossAttentionDecoder, "pooled_conv": PooledConvDecoder}
 
 
-def build_decoder(
-    name: str,
-    *,
-    equivariant_dim: int,
-    patch_size: int,
-    dim: int,
-    depth: int,
-    grid: tuple[int, int],
-    attention: str = "auto",
-) -> nn.Module:
-    """One decoder.
-
-    Args:
-        dim: width after the first layer.
-        depth: self-attention layers of `cross_attention`.
-        grid: patches (h, w) of the images, which `pooled_conv` has to know.
-        attention: backend of `cross_attention`.
+def build_decoder(name: str, **settings) -> nn.Module:
+    """The decoder called `name` with the given `DecoderSettings`.
 
     Raises:
-        ValueError: unknown name, or a width that a decoder cannot have.
+        ValueError: unknown name, or a width that the decoder cannot have.
     """
-    if name == "conv":
-        return ConvDecoder(equivariant_dim, patch_size, dim)
-    if name == "pooled_conv":
-        return PooledConvDecoder(equivariant_dim, patch_size, dim, grid)
-    if name == "cross_attention":
-        if dim % HEAD_DIM:
-            raise ValueError(
-                f"equivariance.decoder_dim={dim}: the cross_attention decoder has heads of {HEAD_DIM} channels; "
-                f"give a multiple of {HEAD_DIM}"
-            )
-        return CrossAttentionDecoder(equivariant_dim, patch_size, dim, depth, attention)
-    raise ValueError(f"equivariance.decoder={name!r}: unknown decoder; available: {', '.join(DECODERS)}")
+    if name not in DECODERS:
+        raise ValueError(f"equivariance.decoder={name!r}: unknown decoder; available: {', '.join(DECODERS)}")
+    return DECODERS[name](DecoderSettings(**settings))

@@ -104,11 +104,17 @@ def build_transform(name: str, **ranges) -> Transform:
     """The transform called `name` with the given `TransformRanges`.
 
     Raises:
-        ValueError: no transform of that name.
+        ValueError: no transform of that name, or its module cannot be imported.
     """
     if ":" in name:
         module, _, attribute = name.partition(":")
-        found = vars(importlib.import_module(module)).get(attribute)
+        try:
+            found = vars(importlib.import_module(module)).get(attribute)
+        except ImportError as error:
+            raise ValueError(
+                f"equivariance.transform={name!r}: module {module!r} cannot be imported ({error}); "
+                "install the module, or run where it lies with PYTHONPATH=."
+            ) from error
         if not (isinstance(found, type) and issubclass(found, Transform)):
             raise ValueError(f"equivariance.transform={name!r}: module {module!r} has no Transform named {attribute!r}")
         return found(TransformRanges(**ranges))
@@ -116,7 +122,7 @@ def build_transform(name: str, **ranges) -> Transform:
         near = difflib.get_close_matches(name, TRANSFORMS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"Unknown transform {name!r}; available: {', '.join(sorted(TRANSFORMS))}, "
+            f"Unknown transform {name!r} (equivariance.transform); available: {', '.join(sorted(TRANSFORMS))}, "
             f"or package.module:ClassName.{hint}"
         )
     return TRANSFORMS[name](TransformRanges(**ranges))

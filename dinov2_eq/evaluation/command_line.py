@@ -16,9 +16,17 @@ def evaluation_parser(prog: str, description: str | None, batch_size: int) -> ar
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--pretrained-weights", required=True, metavar="PATH", help="run folder or teacher checkpoint")
+    parser.add_argument(
+        "--pretrained-weights",
+        required=True,
+        default=argparse.SUPPRESS,  # or the help would tell a default
+        metavar="PATH",
+        help="run folder, whose newest teacher checkpoint is read, or a teacher checkpoint",
+    )
     parser.add_argument("--config-file", metavar="YAML", help="config of a checkpoint that carries none")
-    parser.add_argument("--output-dir", type=Path, help="where the results go; None: the folder of the weights")
+    parser.add_argument(
+        "--output-dir", type=Path, metavar="DIR", help="where the results go; None: the folder of the weights"
+    )
     parser.add_argument("--train-dataset", default="ImageNet:split=TRAIN", metavar="DATA", help="data string")
     parser.add_argument("--val-dataset", default="ImageNet:split=VAL", metavar="DATA", help="data string")
     parser.add_argument("--batch-size", type=positive, default=batch_size, help="images in one forward")
@@ -56,4 +64,4 @@ def protocol_of(args: argparse.Namespace, device: torch.device, started: float) 
     """
     flags = {name: value for name, value in vars(args).items() if name not in ("pretrained_weights", "output_dir")}
     seconds = round(time.perf_counter() - started, 1)
-    return {**flags, "device": str(device), "environment": describe_run(), "seconds": seconds}
+    return {**flags, "device": str(device), "environment": describe_run(device), "seconds": seconds}

@@ -6,14 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dinov2_eq.evaluation.encoder import find_checkpoint
 from dinov2_eq.logging import check_writable
 
 
 def results_folder(pretrained_weights: str | Path, output_dir: str | Path | None) -> Path:
-    """`output_dir`, or where the weights are: the run folder, or the folder of the checkpoint."""
+    """`output_dir`, or where the weights are: the run folder, or the folder of the checkpoint.
+
+    Raises:
+        FileNotFoundError: there are no weights, so nothing will ever be written.
+    """
+    path = Path(pretrained_weights)
+    find_checkpoint(path)
     if output_dir:
         return Path(output_dir)
-    path = Path(pretrained_weights)
     return path if path.is_dir() else path.parent
 
 

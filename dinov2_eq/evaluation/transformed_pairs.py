@@ -5,6 +5,7 @@ in, as in the papers), "masked" (the same, and only a disc that no border pixel 
 centre of a larger image, so that real pixels come in). Other transforms: "none" and, for comparison, "masked".
 """
 
+import math
 import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -46,11 +47,15 @@ def settings_of(task: str, transform: Transform, image_size: int) -> list[Settin
     """
     (canvas_side, _) = transform.canvas_size((image_size, image_size))
     limits = dict(zip(transform.components, transform.high.tolist(), strict=True))
-    max_shift = max(limits.get("shift_x", 0.0), limits.get("shift_y", 0.0))
+    shifts = limits.get("shift_x", 0.0), limits.get("shift_y", 0.0)
+    # A rotation can turn the shift, up to a diagonal one, towards any side.
+    reach = math.hypot(*shifts) if "angle_deg" in limits else max(shifts)
     # Within this radius, bilinear sampling of I takes all four neighbours from inside the image.
-    radius = (image_size - 1) / 2 - max_shift * image_size
+    radius = (image_size - 1) / 2 - reach * image_size
     if radius < 1:
-        raise ValueError(f"{task}: shifts up to {max_shift:g} of the side leave nothing to see; choose a smaller range")
+        raise ValueError(
+            f"{task}: shifts up to {max(shifts):g} of the side leave nothing to see; choose a smaller range"
+        )
     borders = {"masked": Appearance(image_size, radius)}
     if canvas_side == image_size:
         borders = {"none": Appearance(image_size, None), **borders}

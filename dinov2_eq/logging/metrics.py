@@ -13,11 +13,11 @@ class MetricLogger:
     """Appends to `<folder>/training_metrics.jsonl` and to TensorBoard events beside it."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        """Lines from `start_step` on, left by a run that was interrupted after its last checkpoint, are dropped."""
+        """Drops lines beyond `start_step`, left by a run that was interrupted after its last checkpoint."""
         path = folder / FILE_NAME
         if path.exists():
             lines = path.read_text().splitlines()
-            kept = [line for line in lines if _step_of(line) <= start_step]
+            kept = [line for line in lines if _step_of(line) <= start_step] if start_step else []
             path.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a", buffering=1)
         self._events = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)

@@ -35,8 +35,8 @@ def setup_logging(folder: Path | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format=FORMAT, datefmt="%Y-%m-%d %H:%M:%S", handlers=handlers, force=True)
 
 
-def describe_run() -> dict[str, str]:
-    """Versions, machine and, from a checkout, the commit and whether it has uncommitted changes."""
+def describe_run(device: torch.device) -> dict[str, str]:
+    """Versions, device and, from a checkout, the commit and whether it has uncommitted changes."""
     description = {
         "dinov2_eq": __version__,
         "python": platform.python_version(),
@@ -54,13 +54,16 @@ def describe_run() -> dict[str, str]:
 
 
 def _commit() -> str:
+    checkout = Path(__file__).resolve().parents[2]
+
     def git(*arguments: str) -> str:
-        folder = Path(__file__).parent
         return subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True
+            ["git", *arguments], cwd=checkout, capture_output=True, text=True, check=True
         ).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")) != checkout:
+            return "not a checkout"  # installed somewhere below another repository
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "not a git checkout"
+        return "not a checkout"

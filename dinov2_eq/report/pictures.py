@@ -6,7 +6,6 @@ from html import escape
 
 import numpy as np
 
-from dinov2_eq.equivariance.transforms import build_transform
 from dinov2_eq.report.feature_maps import ANGLES_DEG, PatchFeatures, turned_maps
 from dinov2_eq.report.figures import picture
 from dinov2_eq.report.html import badge, missing, table
@@ -63,9 +62,9 @@ def _reconstructions_of(run: Run) -> str:
 
 def _view_cells(run: Run, last: Snapshot, r: int, num_rows: int = 1) -> str:
     """Anchor, base and transformed view of image r, the last with theta."""
-    components = build_transform(run.config["equivariance"]["transform"]).components
-    # P = 0 where the task is off.
-    theta = "<br>".join(f"{name} {value:+.3g}" for name, value in zip(components, last.theta[r], strict=False))
+    theta = "<br>".join(
+        f"{escape(name)} {value:+.3g}" for name, value in zip(last.components, last.theta[r], strict=True)
+    )
     alt = f"Run {run.letter}, image {r + 1}"
     views = [
         _image(last.anchor_view[r], f"{alt}: anchor view"),

@@ -34,6 +34,7 @@ class Snapshot:
     reconstructions: np.ndarray | None  # [K, R, H, W, 3]
     fractions: np.ndarray  # [K]
     theta: np.ndarray  # [R, P]
+    components: np.ndarray  # [P] names of the parameters in theta, empty in files that do not name them
 
     def same_images(self, other: "Snapshot") -> bool:
         """Whether both show the same images under the same transform, so that their reconstructions compare."""
@@ -98,10 +99,11 @@ def load_snapshot(path: Path) -> Snapshot:
     with np.load(path, allow_pickle=False) as arrays:
         found = {name: arrays[name] for name in arrays.files}
     names = set(Snapshot.__dataclass_fields__) - {"step"}
-    if missing := names - {"reconstructions"} - set(found):
+    if missing := names - {"reconstructions", "components"} - set(found):
         raise ValueError(f"{path} lacks the arrays {sorted(missing)}; it was not written by this trainer's sampling.")
+    absent = {"reconstructions": None, "components": np.full(found["theta"].shape[1], "")}
     kept = {name: found[name] for name in names & set(found)}
-    return Snapshot(**{"reconstructions": None, **kept}, step=_step_in(path.stem))
+    return Snapshot(**absent | kept, step=_step_in(path.stem))
 
 
 def _load_run(folder: Path, name: str, letter: str, color: str) -> Run:

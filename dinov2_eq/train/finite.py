@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from dinov2_eq.types import StepOutput
 
 ADVICE = (
-    "the weights were not updated. Lower optim.base_lr, lengthen optim.warmup_steps, or look at the batch; the last "
-    "checkpoint is good"
+    "the weights were not updated. Look at the images, lower optim.base_lr or lengthen optim.warmup_steps; the same "
+    "command goes on from the newest checkpoint"
 )
 
 

@@ -79,17 +79,28 @@ class Observer:
 
 
 def build_observer(
-    config: Config, folder: Path, arch: SSLMetaArch, dataset: ImageDataset, device: torch.device, start: int
+    config: Config,
+    folder: Path,
+    arch: SSLMetaArch,
+    dataset: ImageDataset,
+    device: torch.device,
+    half_precision: bool,
+    start: int,
 ) -> Observer:
     """Raises ValueError where the data of the online k-NN has no labels, or fewer images than k."""
     evaluation, steps = config.evaluation, config.optim.steps
     actions: dict[Callable[[int], Mapping[str, float] | None], int] = {}
     if evaluation.knn_period_steps > 0:
-        knn = OnlineKnn(evaluation, config.crops, config.train.num_workers)
+        knn = OnlineKnn(evaluation, config.crops, config.train.num_workers, half_precision)
         actions[lambda done: knn.measure(arch.teacher["backbone"], device)] = evaluation.knn_period_steps
     if evaluation.sample_period_steps > 0 and is_main_process():
         samples = _build_samples(config, folder, dataset, device)
-        actions[lambda done: samples.write(arch, done)] = evaluation.sample_period_steps
+
+        def write_samples(done: int) -> None:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half_precision):
+                samples.write(arch, done)
+
+        actions[write_samples] = evaluation.sample_period_steps
 
     def write_trained_teacher(done: int) -> None:
         if done > 0:

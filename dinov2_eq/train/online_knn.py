@@ -20,11 +20,14 @@ logger = logging.getLogger(__name__)
 class OnlineKnn:
     """Class tokens of a labelled training subset vote on a validation subset; both are read again at each call."""
 
-    def __init__(self, evaluation: EvaluationConfig, crops: CropsConfig, num_workers: int) -> None:
+    def __init__(
+        self, evaluation: EvaluationConfig, crops: CropsConfig, num_workers: int, half_precision: bool
+    ) -> None:
         """Raises ValueError where the data has no labels or fewer images than k."""
         self.k = evaluation.knn_k
         self.crops = crops
         self.num_workers = num_workers
+        self.half_precision = half_precision
         self.train = self._subset(evaluation.knn_train_dataset, evaluation.knn_max_images)
         self.val = self._subset(evaluation.knn_val_dataset, evaluation.knn_max_images)
         if self.k > len(self.train[1]):
@@ -49,6 +52,7 @@ class OnlineKnn:
                 std=self.crops.std,
                 device=device,
                 mode="cls",
+                half_precision=self.half_precision,
             )
             for dataset, indices in (self.train, self.val)
         )

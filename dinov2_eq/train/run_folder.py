@@ -3,41 +3,76 @@
 import json
 import logging
 import os
-import time
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from dinov2_eq.config.load import to_dict, to_yaml
+from dinov2_eq.config.load import load_config, to_dict, to_yaml
 from dinov2_eq.config.schema import Config
 from dinov2_eq.distributed import is_main_process
-from dinov2_eq.logging import check_writable, describe_run
+from dinov2_eq.logging import describe_run
 
+CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+PRODUCTS = (CONFIG, CHECKPOINTS, "environment.json", "training_metrics.jsonl", "events.out.*", "samples", "eval")
+RESULTS = ("results_eval_*.json",)
+# What a checkpoint holds or implies: the optimizer's groups, and the place in the stream of samples.
+FIXED = (
+    "train.seed",
+    "train.batch_size_per_gpu",
+    "train.accumulation_steps",
+    "optim.layerwise_decay",
+    "optim.patch_embed_lr_mult",
+    "optim.adamw_beta1",
+    "optim.adamw_beta2",
+)
 
 logger = logging.getLogger(__name__)
 
 
-def prepare(folder: Path, *, resume: bool) -> None:
-    """Makes the folder; without `resume`, checkpoints of an earlier run there are set aside.
+def set_aside(folder: Path) -> None:
+    """Moves whatever an earlier run left in the folder to `previous-<n>/` in it."""
+    found = [path for pattern in (*PRODUCTS, *RESULTS) for path in folder.glob(pattern)]
+    if not found or not is_main_process():
+        return
+    number = 1 + len(list(folder.glob("previous-*")))
+    previous = folder / f"previous-{number}"
+    previous.mkdir()
+    for path in found:
+        path.rename(previous / path.name)
+    logger.info("the earlier run in %s was moved to %s", folder, previous)
+
+
+def require_same_run(folder: Path, config: Config) -> None:
+    """Compares with the config of the run that is resumed, and logs what changed.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        ValueError: a setting changed that a checkpoint fixes.
     """
-    if not is_main_process():
+    if not (folder / CONFIG).is_file():
         return
-    check_writable(folder)
-    checkpoints = folder / CHECKPOINTS
-    if not resume and checkpoints.exists():
-        checkpoints.rename(folder / f"{CHECKPOINTS}.replaced-{time.strftime('%Y%m%d-%H%M%S')}")
+    before, now = to_dict(load_config(str(folder / CONFIG))), to_dict(config)
+    changes = {
+        f"{section}.{key}": f"{section}.{key} was {before[section][key]!r}, now {value!r}"
+        for section, values in now.items()
+        for key, value in values.items()
+        if before[section][key] != value
+    }
+    if refused := [text for key, text in changes.items() if key in FIXED]:
+        raise ValueError(
+            f"The run in {folder} cannot go on with other settings than it began with: {'; '.join(refused)}. "
+            "Give the old values, another --output-dir, or --no-resume"
+        )
+    for text in changes.values():
+        logger.warning("resuming with a changed setting: %s", text)
 
 
-def describe(folder: Path, config: Config) -> None:
+def describe(folder: Path, config: Config, device: torch.device) -> None:
     """Writes the resolved config, and code and machine of this start of the run."""
     if is_main_process():
-        (folder / "config.yaml").write_text(to_yaml(config))
-        (folder / "environment.json").write_text(json.dumps(describe_run(), indent=2) + "\n")
+        (folder / CONFIG).write_text(to_yaml(config))
+        (folder / "environment.json").write_text(json.dumps(describe_run(device), indent=2) + "\n")
 
 
 def write_teacher(folder: Path, teacher: nn.Module, config: Config, step: int) -> None:

@@ -21,10 +21,15 @@ class SampleWriter:
         folder: Path,
         batch: CollatedBatch,
         make_views: Callable[[CollatedBatch], ViewBatch],
+        components: Sequence[str],
         mean: Sequence[float],
         std: Sequence[float],
     ) -> None:
-        """`make_views` makes targets also for the control, which does not rebuild them."""
+        """
+        Args:
+            make_views: makes targets also for the control, which does not rebuild them.
+            components: names of the P parameters in theta; none where the task is off.
+        """
         self.folder = folder
         self.mean, self.std = (torch.tensor(list(value))[:, None, None] for value in (mean, std))
         batch = _first(batch, NUM_IMAGES)
@@ -38,6 +43,7 @@ class SampleWriter:
             "intermediate_targets": self._pixels(self.views.intermediate_targets),
             "fractions": np.arange(1, num_intermediates + 1) / (num_intermediates + 1),
             "theta": batch.theta.cpu().numpy(),
+            "components": np.array(components, dtype=np.str_),
         }
 
     @torch.no_grad()

@@ -13,12 +13,13 @@ from dinov2_eq.config.schema import Config
 from dinov2_eq.data.corrupt import CorruptCounter
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.data.loaders import to_device
-from dinov2_eq.distributed import pick_device
-from dinov2_eq.logging import setup_logging
+from dinov2_eq.distributed import pick_device, require_one_process
+from dinov2_eq.logging import check_writable, setup_logging
 from dinov2_eq.train import run_folder
 from dinov2_eq.train.build import (
     build_arch,
     build_make_views,
+    build_multi_crop,
     build_optimizer,
     build_schedules,
     build_train_loader,
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.dry_run:
         device = pick_device(config.train.device)
         arch = build_arch(config, torch.device("meta"))
+        build_multi_crop(config)
         num_images = len(build_dataset(config.train.dataset_path))
         print(plan(config, arch, num_images, half_precision=autocast_dtype(config, device) is not None))
     elif args.output_dir is None:
@@ -76,7 +78,8 @@ def do_train(config: Config, output_dir: Path, *, resume: bool = True) -> None:
         OSError: `output_dir` cannot be written.
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those before that step.
     """
-    run_folder.prepare(output_dir, resume=resume)
+    require_one_process()
+    check_writable(output_dir)
     setup_logging(output_dir)
     device = pick_device(config.train.device)
     dtype = autocast_dtype(config, device)
@@ -87,18 +90,23 @@ def do_train(config: Config, output_dir: Path, *, resume: bool = True) -> None:
     corrupt = CorruptCounter(config.train.max_corrupt_share)
     torch.manual_seed(config.train.seed)  # of stochastic depth, the only thing that draws from torch's own generator
 
+    if not resume:
+        run_folder.set_aside(output_dir)
     checkpointer = Checkpointer(output_dir / run_folder.CHECKPOINTS, config.train.keep_checkpoints)
     state = TrainingState(arch, optimizer, corrupt, device)
     newest = checkpointer.newest_whole()
-    start = 0 if newest is None else state.load(checkpointer, newest)
+    start = 0
+    if newest is not None:
+        run_folder.require_same_run(output_dir, config)
+        start = state.load(checkpointer, newest)
     if start >= config.optim.steps:
         logger.info("this run is finished: step %d of optim.steps=%d", start, config.optim.steps)
         return
-    run_folder.describe(output_dir, config)
+    run_folder.describe(output_dir, config, device)
     half_precision = dtype is not None
     logger.info("%s, autocast %s\n%s", device, dtype, plan(config, arch, len(dataset), half_precision))
 
-    observer = build_observer(config, output_dir, arch, dataset, device, start)
+    observer = build_observer(config, output_dir, arch, dataset, device, half_precision, start)
     if start == 0:
         observer.act(0)
     batches = iter(build_train_loader(config, dataset, start, config.train.num_workers))

@@ -26,6 +26,13 @@ def test_unwritable_folder(tmp_path):
 
 
 def test_default_folder(tmp_path):
+    (tmp_path / "teacher_checkpoint.pth").touch()
     assert results_folder(tmp_path, None) == tmp_path
     assert results_folder(tmp_path / "teacher_checkpoint.pth", None) == tmp_path
     assert results_folder(tmp_path, "elsewhere").name == "elsewhere"
+
+
+@pytest.mark.parametrize("output_dir", [None, "elsewhere"])
+def test_weights_that_do_not_exist(tmp_path, output_dir):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        results_folder(tmp_path / "a" / "typo", output_dir and tmp_path / output_dir)

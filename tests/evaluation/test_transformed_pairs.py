@@ -9,7 +9,7 @@ from dinov2_eq.evaluation.encoder import Encoder
 from dinov2_eq.evaluation.transformed_pairs import SizedImages, draw_theta, extract_pairs, settings_of
 
 SIZE = 16
-TASKS = {name: build_transform(name) for name in ("rotation", "translation", "color_jitter", "blur")}
+TASKS = {name: build_transform(name) for name in ("rotation", "translation", "se2", "color_jitter", "blur")}
 
 
 class Pixels(nn.Module):
@@ -70,8 +70,9 @@ def test_borders_of_each_task():
 
 
 def test_border_pixels_show_with_zeros_and_not_otherwise():
-    pairs, _ = extract(White(), ["rotation", "translation"])
-    for task in ("rotation", "translation"):
+    tasks = ("rotation", "translation", "se2")
+    pairs, _ = extract(White(), tasks, draws=50)
+    for task in tasks:
         zeros, masked, canvas = (pairs[task, border] for border in ("zeros", "masked", "canvas"))
         assert zeros[:, 0].min() == 1 and zeros[:, 1].min() < 0.9  # black came in
         torch.testing.assert_close(masked[:, 0], masked[:, 1])  # the discs are equal, so nothing came in

@@ -22,13 +22,15 @@ STEPS = (0, 50, 100)
 def write_run(folder: Path, *, enabled: bool = True, loss_weight: float = 1.0, evaluated: bool = True) -> Path:
     """A run folder as training and evaluations leave it, with two 16-pixel images and K = 2."""
     config = Config()
+    config.equivariance.transform = "a_module_that_is_not_here:Gamma"
     config.equivariance.enabled, config.equivariance.loss_weight = enabled, loss_weight
     (folder / "samples").mkdir(parents=True)
     OmegaConf.save(config, folder / "config.yaml")
     reconstructs = enabled and loss_weight > 0
     write_metrics(folder, reconstructs)
     for step in STEPS:
-        write_samples(folder / f"samples/step_{step:07d}.npz", reconstructs, error=100 - step // 2)
+        components = ["log_gamma", "a<b", ""] if reconstructs else None
+        write_samples(folder / f"samples/step_{step:07d}.npz", reconstructs, 100 - step // 2, components)
     if evaluated:
         knn = {"protocol": {}, "encoder": {}, "results": {"full": {"20": {"top1": 35.1, "top5": 88.0}}}}
         (folder / "results_eval_knn.json").write_text(json.dumps(knn))
@@ -49,7 +51,7 @@ def write_metrics(folder: Path, reconstructs: bool) -> None:
     (folder / "training_metrics.jsonl").write_text(text + '{"step": 110, "total')
 
 
-def write_samples(path: Path, reconstructs: bool, error: int) -> None:
+def write_samples(path: Path, reconstructs: bool, error: int, components: list[str] | None) -> None:
     random = np.random.default_rng(0)
     views = random.integers(0, 150, (3, 2, 16, 16, 3), dtype=np.uint8)
     targets = random.integers(0, 150, (2, 2, 16, 16, 3), dtype=np.uint8)
@@ -57,6 +59,8 @@ def write_samples(path: Path, reconstructs: bool, error: int) -> None:
     arrays |= {"intermediate_targets": targets, "fractions": np.array([1 / 3, 2 / 3]), "theta": np.full((2, 3), 0.5)}
     if reconstructs:
         arrays["reconstructions"] = targets + np.uint8(error)
+    if components is not None:
+        arrays["components"] = np.array(components)
     np.savez(path, **arrays)
 
 
@@ -155,6 +159,11 @@ def test_numbers_and_gaps_are_told(page_html: str) -> None:
     assert "Nothing is reconstructed in this run (the plain base method" in text
     for command in ("dinov2-eq eval knn", "dinov2-eq eval equivariance", "no teacher checkpoint yet"):
         assert text.count(command) == 1, command
+
+
+def test_parameters_are_named_where_the_samples_name_them(page_html: str) -> None:
+    assert "<small>log_gamma +0.5<br>a&lt;b +0.5<br>" in page_html
+    assert "<small> +0.5<br> +0.5<br> +0.5</small>" in page_html  # older samples
 
 
 def test_a_run_that_only_began(tmp_path: Path) -> None:

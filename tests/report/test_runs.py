@@ -25,6 +25,7 @@ def snapshot(reconstructions: np.ndarray | None, targets: np.ndarray) -> Snapsho
         reconstructions=reconstructions,
         fractions=np.array([0.5]),
         theta=np.zeros((1, 1)),
+        components=np.array(["angle_deg"]),
     )
 
 

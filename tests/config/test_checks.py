@@ -1,0 +1,101 @@
+"""The rules: each mistake is named with key, value and fix, and what the rules repeat from elsewhere is true."""
+
+from dataclasses import fields
+
+import pytest
+
+from dinov2_eq.config.checks import CHOICES, CROSS_ATTENTION_HEAD_DIM, INTERVALS, check
+from dinov2_eq.config.load import load_config, to_dict
+from dinov2_eq.config.schema import Config, EquivarianceConfig
+from dinov2_eq.data.augmentations import BORDERS
+from dinov2_eq.equivariance.decoders import DECODERS, HEAD_DIM
+from dinov2_eq.equivariance.transforms import TransformRanges
+from dinov2_eq.models import ARCHS
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.warmup_steps=200000", "optim.warmup_steps=200000 is more than optim.steps=125000"),
+        (
+            "crops.global_crops_size=225",
+            "crops.global_crops_size=225 is not a multiple of student.patch_size=16; the nearest is 224",
+        ),
+        ("crops.local_crops_size=8", "crops.local_crops_size=8 is not a multiple"),
+        (
+            "equivariance.equivariant_dim=2048",
+            "equivariance.equivariant_dim=2048 must be less than equivariance.patch_dim=2048",
+        ),
+        ("equivariance.num_intermediates=0", "equivariance.num_intermediates=0 must be at least 1"),
+        ("equivariance.border=reflect", "equivariance.border='reflect' is not one of zeros, canvas"),
+        ("equivariance.decoder=convs", "equivariance.decoder='convs' is not one of conv, cross_attention, pooled_conv"),
+        ("student.arch=vit_smal", "student.arch='vit_smal' is not one of vit_tiny, vit_small"),
+        ("ibot.mask_ratio_min_max=[0.5,0.1]", r"ibot.mask_ratio_min_max=\[0.5, 0.1\] must be .* low <= high"),
+        ("crops.jitter=[0.4,0.4,0.2]", r"must have 4 numbers: \[brightness, contrast, saturation, hue\]"),
+        ("crops.jitter=[0.4,0.4,0.2,0.6]", r"crops.jitter=.* hue in turns, must lie in \[0, 0.5\]"),
+        ("crops.std=[0.2,0.0,0.2]", r"crops.std=\[0.2, 0.0, 0.2\]: each number must lie in \(0, inf\)"),
+        ("crops.global_crops_scale=[0.0,1.0]", r"crops.global_crops_scale=.* must lie in \(0, 1\]"),
+        ("evaluation.knn_period_steps=10", "evaluation.knn_train_dataset is empty"),
+        ("train.batch_size_per_gpu=0", r"train.batch_size_per_gpu=0 must lie in \[1, inf\)"),
+        ("teacher.teacher_temp=0", r"teacher.teacher_temp=0.0 must lie in \(0, inf\)"),
+        ("student.drop_path_rate=1", r"student.drop_path_rate=1.0 must lie in \[0, 1\)"),
+        ("optim.base_lr=.inf", r"optim.base_lr=inf must lie in \(0, inf\)"),
+        ("equivariance.max_angle_deg=181", r"equivariance.max_angle_deg=181.0 must lie in \[0, 180\]"),
+        ("ibot.mask_sample_probability=0.001", "masks none of the 128 global crops of a step.* raise it above 1/128"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, [override])
+
+
+def test_all_mistakes_at_once():
+    with pytest.raises(ValueError) as caught:
+        load_config(None, ["optim.warmup_steps=200000", "crops.global_crops_size=225"])
+    assert "warmup_steps" in str(caught.value) and "global_crops_size" in str(caught.value)
+
+
+def test_the_cross_attention_decoder_has_heads():
+    with pytest.raises(ValueError, match=r"equivariance.decoder_dim=100 must be a multiple of 64"):
+        load_config(None, ["equivariance.decoder=cross_attention", "equivariance.decoder_dim=100"])
+
+
+def test_a_disabled_task_is_not_checked():
+    load_config(None, ["equivariance.enabled=false", "equivariance.equivariant_dim=9999", "equivariance.border=none"])
+
+
+def test_without_ibot_nothing_need_be_masked():
+    load_config(None, ["ibot.loss_weight=0", "ibot.mask_sample_probability=0"])
+
+
+def numbers_of(config):
+    for section, values in to_dict(config).items():
+        for key, value in values.items():
+            if key == "depth" or type(value) in (int, float, list):
+                yield section, key, value
+
+
+def test_every_number_has_an_interval():
+    assert {f"{section}.{key}" for section, key, _ in numbers_of(Config())} == set(INTERVALS)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_no_number_may_be_nan_or_infinite(wrong):
+    for section, key, value in numbers_of(Config()):
+        config = Config()
+        setattr(getattr(config, section), key, [wrong, *value[1:]] if isinstance(value, list) else wrong)
+        with pytest.raises(ValueError, match=f"{section}.{key}=.*must lie in"):
+            check(config)
+
+
+def test_names_and_sizes_repeated_from_other_folders():
+    assert CHOICES["student.arch"] == tuple(ARCHS)
+    assert CHOICES["equivariance.decoder"] == tuple(DECODERS)
+    assert CHOICES["equivariance.border"] == BORDERS
+    assert CROSS_ATTENTION_HEAD_DIM == HEAD_DIM
+
+
+def test_default_ranges_are_those_of_the_transforms():
+    task, ranges = EquivarianceConfig(), TransformRanges()
+    for field in fields(TransformRanges):
+        assert getattr(task, field.name) == pytest.approx(getattr(ranges, field.name))
