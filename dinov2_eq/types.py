@@ -56,26 +56,34 @@ class ViewBatch(NamedTuple):
     intermediate_targets: Tensor  # [K, B, C, H, W], K = 0 where nothing is reconstructed
 
 
-class TokenFeatures(NamedTuple):
-    """The two parts of projected tokens; without a projection `invariant` is the whole token."""
+class CropTokens(NamedTuple):
+    """Normalised tokens of all crops of one size."""
 
-    invariant: Tensor  # [..., D_inv], seen by the base losses
-    equivariant: Tensor | None  # [..., D_equi], seen by the decoders
-
-
-class CropFeatures(NamedTuple):
-    """Features of all crops of one size."""
-
-    cls: TokenFeatures  # [V, B, .]
-    patches: TokenFeatures | None  # [V, B, N, .]; None for local crops, whose patches nobody reads
+    cls: Tensor  # [V, B, D]
+    patches: Tensor  # [V, B, N, D]
 
 
 class NetworkOutput(NamedTuple):
-    """Features of one side (student or teacher), and the heads of that side to read them with."""
+    """Tokens of one side (student or teacher), and the modules of that side to read them with.
 
-    global_crops: CropFeatures  # V = G
-    local_crops: CropFeatures | None  # V = L; None for the teacher and where there are no local crops
-    heads: nn.ModuleDict  # "dino_head", "ibot_head", ...
+    An objective projects only the tokens that it needs: iBOT the masked patches, the decoders all patches.
+    """
+
+    global_crops: CropTokens  # V = G
+    local_crops: CropTokens | None  # V = L; None for the teacher and where there are no local crops
+    modules: nn.ModuleDict  # "projection" and the heads
+
+    def invariant(self, tokens: Tensor) -> Tensor:
+        """z_inv, [..., D] -> [..., D_inv]: all that the base losses see."""
+        return self.modules["projection"].invariant(tokens)
+
+    def equivariant(self, tokens: Tensor) -> Tensor:
+        """z_equi, [..., D] -> [..., D_equi]: all that the decoders see."""
+        return self.modules["projection"].equivariant(tokens)
+
+    def logits(self, head: str, tokens: Tensor) -> Tensor:
+        """Prototype logits of a head for the invariant part, [..., D] -> [..., P]."""
+        return self.modules[head](self.invariant(tokens))
 
 
 class Term(NamedTuple):
@@ -91,4 +99,4 @@ class StepOutput(NamedTuple):
     total: Tensor  # weighted sum of the losses
     losses: dict[str, Tensor]  # unweighted, by objective
     metrics: dict[str, Tensor]
-    teacher_cls: Tensor  # [G * B, D_inv], to judge how many directions the features fill
+    teacher_cls: Tensor  # [G * B, D], to judge how many directions the features fill

@@ -1,36 +1,32 @@
-"""Token projection and split: z = W t + b = [z_inv ; z_equi] (Wang et al., arXiv 2503.18753, section 3)."""
+"""Token projection and split, z = [z_inv ; z_equi] = [W_inv t ; W_equi t] (Wang et al., arXiv 2503.18753, section 3)."""
 
-from torch import Tensor, nn
-
-from dinov2_eq.types import TokenFeatures
+from torch import nn
 
 
 class TokenSplit(nn.Module):
-    """Projects tokens linearly to `patch_dim` channels; the last `equivariant_dim` of them are the equivariant part.
+    """Projects tokens linearly to `patch_dim` channels, of which the last `equivariant_dim` are the equivariant part.
 
-    The base losses see the invariant part only, the decoders the equivariant part only.
+    The two parts are two linear maps, so that each reader computes its own only: the base losses `invariant`, the
+    decoders `equivariant`. Together they are one projection cut in two.
     """
 
     def __init__(self, dim: int, patch_dim: int, equivariant_dim: int) -> None:
         super().__init__()
-        self.sizes = (patch_dim - equivariant_dim, equivariant_dim)
-        self.linear = nn.Linear(dim, patch_dim)
+        self.invariant = nn.Linear(dim, patch_dim - equivariant_dim)
+        self.equivariant = nn.Linear(dim, equivariant_dim)
 
     def init_weights(self) -> None:
-        nn.init.trunc_normal_(self.linear.weight, std=0.02)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, tokens: Tensor) -> TokenFeatures:
-        """tokens [..., D] -> invariant [..., D_inv], equivariant [..., D_equi]"""
-        invariant, equivariant = self.linear(tokens).split(self.sizes, dim=-1)
-        return TokenFeatures(invariant, equivariant)
+        for linear in (self.invariant, self.equivariant):
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
 
 
 class NoSplit(nn.Module):
     """The plain base method: the whole token is invariant."""
 
-    def init_weights(self) -> None:
-        pass
+    def __init__(self) -> None:
+        super().__init__()
+        self.invariant = nn.Identity()
 
-    def forward(self, tokens: Tensor) -> TokenFeatures:
-        return TokenFeatures(tokens, None)
+    def init_weights(self) -> None:
+        """There is nothing to set."""

@@ -13,7 +13,7 @@ from dinov2_eq.data.datasets import ImageDataset
 from dinov2_eq.data.loaders import to_device
 from dinov2_eq.distributed import is_main_process
 from dinov2_eq.logging import MetricLogger
-from dinov2_eq.train.build import build_make_views, build_train_loader
+from dinov2_eq.train.build import build_make_views, build_task_transform, build_train_loader
 from dinov2_eq.train.meter import StepMeter
 from dinov2_eq.train.online_knn import OnlineKnn
 from dinov2_eq.train.run_folder import write_teacher
@@ -114,4 +114,6 @@ def build_observer(
 def _build_samples(config: Config, folder: Path, dataset: ImageDataset, device: torch.device) -> SampleWriter:
     batch = to_device(next(iter(build_train_loader(config, dataset, start_step=0, num_workers=0))), device)
     make_views = build_make_views(config, config.equivariance.num_intermediates if config.equivariance.enabled else 0)
-    return SampleWriter(folder / "samples", batch, make_views, config.crops.mean, config.crops.std)
+    transform = build_task_transform(config.equivariance)
+    components = transform.components if transform else ()
+    return SampleWriter(folder / "samples", batch, make_views, components, config.crops.mean, config.crops.std)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dinov2_eq.train.objectives.base import Objective
 from dinov2_eq.train.schedules import ScheduledValues
-from dinov2_eq.types import CropFeatures, NetworkOutput, StepOutput, ViewBatch
+from dinov2_eq.types import CropTokens, NetworkOutput, StepOutput, ViewBatch
 
 
 class Network(nn.ModuleDict):
@@ -20,19 +20,19 @@ class Network(nn.ModuleDict):
         groups = [(global_crops, masks)]
         if local_crops is not None and len(local_crops):
             groups.append((local_crops, None))
-        tokens = self["backbone"](
+        features = self["backbone"](
             [crops.flatten(0, 1) for crops, _ in groups],
             [None if group_masks is None else group_masks.flatten(0, 1) for _, group_masks in groups],
             is_training=True,
         )
-        features = []
-        for (crops, _), crop_tokens in zip(groups, tokens, strict=True):
-            views_and_batch = crops.shape[:2]
-            cls = crop_tokens["x_norm_clstoken"].unflatten(0, views_and_batch)  # [V, B, D]
-            patches = crop_tokens["x_norm_patchtokens"].unflatten(0, views_and_batch)  # [V, B, N, D]
-            is_global = not features
-            features.append(CropFeatures(self["projection"](cls), self["projection"](patches) if is_global else None))
-        return NetworkOutput(features[0], features[1] if len(features) > 1 else None, heads=self)
+        tokens = [
+            CropTokens(
+                cls=found["x_norm_clstoken"].unflatten(0, crops.shape[:2]),
+                patches=found["x_norm_patchtokens"].unflatten(0, crops.shape[:2]),
+            )
+            for (crops, _), found in zip(groups, features, strict=True)
+        ]
+        return NetworkOutput(tokens[0], tokens[1] if len(tokens) > 1 else None, modules=self)
 
 
 class SSLMetaArch(nn.Module):
@@ -61,7 +61,7 @@ class SSLMetaArch(nn.Module):
             losses[name], term_metrics = objective(student, teacher, batch, scheduled.teacher_temp)
             metrics |= term_metrics
         total = sum(self.loss_weights[name] * loss for name, loss in losses.items())
-        return StepOutput(total, losses, metrics, teacher.global_crops.cls.invariant.flatten(0, 1))
+        return StepOutput(total, losses, metrics, teacher.global_crops.cls.flatten(0, 1))
 
     @torch.no_grad()
     def end_step(self, teacher_momentum: float) -> None:

@@ -68,23 +68,24 @@ def test_without_ibot_nothing_need_be_masked():
     load_config(None, ["ibot.loss_weight=0", "ibot.mask_sample_probability=0"])
 
 
-def numbers_of(config):
+def values_of(config, types):
     for section, values in to_dict(config).items():
         for key, value in values.items():
-            if key == "depth" or type(value) in (int, float, list):
+            if type(value) in types:
                 yield section, key, value
 
 
 def test_every_number_has_an_interval():
-    assert {f"{section}.{key}" for section, key, _ in numbers_of(Config())} == set(INTERVALS)
+    numbers = {f"{section}.{key}" for section, key, _ in values_of(Config(), (int, float, list))}
+    assert numbers | {"student.depth"} == set(INTERVALS)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
 def test_no_number_may_be_nan_or_infinite(wrong):
-    for section, key, value in numbers_of(Config()):
+    for section, key, value in values_of(Config(), (float, list)):
         config = Config()
         setattr(getattr(config, section), key, [wrong, *value[1:]] if isinstance(value, list) else wrong)
-        with pytest.raises(ValueError, match=f"{section}.{key}=.*must lie in"):
+        with pytest.raises(ValueError, match=rf"{section}\.{key}=.*must lie in"):
             check(config)
 
 

@@ -9,7 +9,8 @@ from dinov2_eq.evaluation.encoder import Encoder
 from dinov2_eq.evaluation.transformed_pairs import SizedImages, draw_theta, extract_pairs, settings_of
 
 SIZE = 16
-TASKS = {name: build_transform(name) for name in ("rotation", "translation", "se2", "color_jitter", "blur")}
+TASKS = {name: build_transform(name) for name in ("rotation", "translation", "color_jitter", "blur")}
+TASKS["se2"] = build_transform("se2", max_shift=0.2)
 
 
 class Pixels(nn.Module):

@@ -85,9 +85,7 @@ def test_neighbours_of_the_table(tmp_path):
 
 def test_probed_otherwise(tmp_path):
     runs = [write_run(tmp_path / "a", epochs=15), write_run(tmp_path / "b", epochs=50)]
-    with pytest.raises(
-        ValueError, match=r"knn results of .*/b do not compare with those of .*/a: epochs is 50, not 15"
-    ):
+    with pytest.raises(ValueError, match=r"knn results of .*/b do not compare with .*/a: epochs is 50, not 15"):
         collect(tmp_path, runs)
     assert not (tmp_path / "results").exists()
 
@@ -95,5 +93,5 @@ def test_probed_otherwise(tmp_path):
 def test_not_probed(tmp_path):
     run = write_run(tmp_path / "a")
     (tmp_path / "a/results_eval_knn.json").unlink()
-    with pytest.raises(FileNotFoundError, match="a has no results_eval_knn.json"):
+    with pytest.raises(FileNotFoundError, match=r"a has no results_eval_knn\.json"):
         collect(tmp_path, [run])

@@ -33,6 +33,6 @@ def test_both_runs_are_trained_probed_and_shown(tmp_path):
 @pytest.mark.parametrize("run", ["task", "control"])
 @pytest.mark.parametrize("command", ["train", "knn", "equivariance"])
 def test_one_failure_ends_it(tmp_path, command, run):
-    done, calls = demo(tmp_path, failing=f"*{command}*{run}*")
+    done, calls = demo(tmp_path, failing=f"*{command}\\ --*/{run}*")
     assert done.returncode == 1 and f"'{command} {tmp_path}/out/{run}' failed" in done.stderr
     assert ["report"] not in [call[:1] for call in calls]

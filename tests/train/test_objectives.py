@@ -4,22 +4,22 @@ import pytest
 import torch
 from torch import nn
 
+from dinov2_eq.equivariance.split import NoSplit
 from dinov2_eq.train.objectives.dino import DinoObjective
 from dinov2_eq.train.objectives.ibot import IbotObjective
 from dinov2_eq.train.objectives.koleo import KoLeoObjective
 from dinov2_eq.train.objectives.targets import Centering, build_targets
-from dinov2_eq.types import CropFeatures, NetworkOutput, TokenFeatures, ViewBatch
+from dinov2_eq.types import CropTokens, NetworkOutput, ViewBatch
 
 
 def output(seed, num_local=2, batch=3, patches=4, dim=8):
     torch.manual_seed(seed)
-    heads = nn.ModuleDict({"dino_head": nn.Linear(dim, 6)})
+    modules = nn.ModuleDict({"projection": NoSplit(), "dino_head": nn.Linear(dim, 6)})
 
-    def features(views, with_patches):
-        tokens = TokenFeatures(torch.randn(views, batch, patches, dim), None) if with_patches else None
-        return CropFeatures(TokenFeatures(torch.randn(views, batch, dim), None), tokens)
+    def tokens(views):
+        return CropTokens(torch.randn(views, batch, dim), torch.randn(views, batch, patches, dim))
 
-    return NetworkOutput(features(2, True), features(num_local, False) if num_local else None, heads)
+    return NetworkOutput(tokens(2), tokens(num_local) if num_local else None, modules)
 
 
 def view_batch(masks):
@@ -34,12 +34,12 @@ def cross_entropy(target, logits):
 def test_dino_over_all_pairs_of_different_views(num_local):
     student, teacher = output(0, num_local), output(1, 0)
     with torch.no_grad():
-        targets = torch.softmax(teacher.heads["dino_head"](teacher.global_crops.cls.invariant) / 0.05, -1)
-    views = [*student.global_crops.cls.invariant]
+        targets = torch.softmax(teacher.modules["dino_head"](teacher.global_crops.cls) / 0.05, -1)
+    views = [*student.global_crops.cls]
     if num_local:
-        views += [*student.local_crops.cls.invariant]
+        views += [*student.local_crops.cls]
     pairs = [
-        cross_entropy(targets[t], student.heads["dino_head"](view)).mean()
+        cross_entropy(targets[t], student.modules["dino_head"](view)).mean()
         for t in range(2)
         for s, view in enumerate(views)
         if s != t
@@ -58,9 +58,9 @@ def test_ibot_weighs_every_masked_crop_the_same():
     total = 0.0
     for view, image in ((0, 1), (1, 2)):
         chosen = masks[view, image]
-        logits = teacher.heads["dino_head"](teacher.global_crops.patches.invariant[view, image, chosen])
+        logits = teacher.modules["dino_head"](teacher.global_crops.patches[view, image, chosen])
         target = torch.softmax(logits / 0.05, -1)
-        guess = student.heads["dino_head"](student.global_crops.patches.invariant[view, image, chosen])
+        guess = student.modules["dino_head"](student.global_crops.patches[view, image, chosen])
         total += cross_entropy(target, guess).mean()
     torch.testing.assert_close(term.loss, total / 6)
 
@@ -77,10 +77,8 @@ def test_ibot_without_a_mask_is_zero_and_can_be_trained():
 def test_koleo_adds_the_views():
     student = output(0)
     one, two = (
-        KoLeoObjective()(
-            student._replace(global_crops=CropFeatures(TokenFeatures(view[None], None), None)), None, None, 0.05
-        ).loss
-        for view in student.global_crops.cls.invariant
+        KoLeoObjective()(student._replace(global_crops=CropTokens(view[None], None)), None, None, 0.05).loss
+        for view in student.global_crops.cls
     )
     torch.testing.assert_close(KoLeoObjective()(student, None, None, 0.05).loss, one + two)
 

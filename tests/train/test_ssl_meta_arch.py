@@ -78,6 +78,15 @@ def test_task_on_gives_gradient_to_decoders_projection_and_backbone():
     assert gradient_norm(arch.teacher) == 0
 
 
+def test_base_losses_and_decoders_read_different_halves():
+    for term, touched, spared in (("reconstruction", "equivariant", "invariant"), ("dino", "invariant", "equivariant")):
+        arch, output = forward(tiny_config())
+        output.losses[term].backward()
+        projection = arch.student["projection"]
+        assert gradient_norm(getattr(projection, touched)) > 0
+        assert gradient_norm(getattr(projection, spared)) == 0
+
+
 def test_the_control_transforms_and_splits_but_rebuilds_nothing():
     config = tiny_config("equivariance.loss_weight=0")
     batch, task_batch = one_batch(config), one_batch(tiny_config())

@@ -15,13 +15,11 @@ class DinoObjective(Objective):
 
     def forward(self, student: NetworkOutput, teacher: NetworkOutput, batch: ViewBatch, teacher_temp: float) -> Term:
         with torch.no_grad():
-            teacher_logits = teacher.heads["dino_head"](teacher.global_crops.cls.invariant)  # [G, B, P]
+            teacher_logits = teacher.logits("dino_head", teacher.global_crops.cls)  # [G, B, P]
             probabilities = self.targets(teacher_logits, teacher_temp)
             entropy = torch.special.entr(probabilities).sum(-1).mean()
-        tokens = [student.global_crops.cls.invariant]  # [G, B, D]
-        if student.local_crops is not None:
-            tokens.append(student.local_crops.cls.invariant)  # [L, B, D]
-        logits = student.heads["dino_head"](torch.cat(tokens))  # [G + L, B, P]
+        crops = [student.global_crops] if student.local_crops is None else [student.global_crops, student.local_crops]
+        logits = student.logits("dino_head", torch.cat([crop.cls for crop in crops]))  # [G + L, B, P]
         return Term(dino_loss(logits, probabilities), {"teacher_entropy": entropy})
 
     def end_step(self) -> None:

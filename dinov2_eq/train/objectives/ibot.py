@@ -20,9 +20,8 @@ class IbotObjective(Objective):
         weights = 1 / masks.sum(-1, keepdim=True).clamp(min=1)  # [G, B, 1]: every masked crop counts the same
         weights = weights.expand(masks.shape)[masks]  # [M]
         with torch.no_grad():
-            teacher_logits = teacher.heads[self.head](teacher.global_crops.patches.invariant[masks])  # [M, P]
-            probabilities = self.targets(teacher_logits, teacher_temp)
-        logits = student.heads[self.head](student.global_crops.patches.invariant[masks])  # [M, P]
+            probabilities = self.targets(teacher.logits(self.head, teacher.global_crops.patches[masks]), teacher_temp)
+        logits = student.logits(self.head, student.global_crops.patches[masks])  # [M, P]
         return Term(ibot_loss(logits, probabilities, weights, num_crops=masks.shape[0] * masks.shape[1]), {})
 
     def end_step(self) -> None:

@@ -7,4 +7,4 @@ from dinov2_eq.types import NetworkOutput, Term, ViewBatch
 
 class KoLeoObjective(Objective):
     def forward(self, student: NetworkOutput, teacher: NetworkOutput, batch: ViewBatch, teacher_temp: float) -> Term:
-        return Term(sum(koleo_loss(view) for view in student.global_crops.cls.invariant), {})
+        return Term(sum(koleo_loss(view) for view in student.invariant(student.global_crops.cls)), {})

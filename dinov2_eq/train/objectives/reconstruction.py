@@ -19,7 +19,7 @@ class ReconstructionObjective(Objective):
 
     def reconstruct(self, student: NetworkOutput, size: tuple[int, int]) -> Tensor:
         """u_hat_k for k = 1..K: [K, B, 3, H, W] in normalised pixel values."""
-        anchor, transformed = student.global_crops.patches.equivariant  # each [B, N, D_equi]
+        anchor, transformed = student.equivariant(student.global_crops.patches)  # each [B, N, D_equi]
         grid = (size[0] // self.patch_size, size[1] // self.patch_size)
         return torch.stack([decoder(anchor, transformed, grid) for decoder in self.decoders])
 
