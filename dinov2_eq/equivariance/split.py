@@ -1,4 +1,4 @@
-"""Token projection and split, z = [z_inv ; z_equi] = [W_inv t ; W_equi t] (Wang et al., arXiv 2503.18753, section 3)."""
+"""Token projection and split: z = [z_inv ; z_equi] = [W_inv t ; W_equi t] (arXiv 2503.18753, section 3)."""
 
 from torch import nn
 
