@@ -22,7 +22,7 @@ CHOICES = {
     "train.centering": ("centering", "sinkhorn_knopp"),
     "train.device": ("auto", "cpu", "cuda"),
     "equivariance.border": ("zeros", "canvas"),
-    "equivariance.decoder": ("conv", "cross_attention", "pooled_conv"),
+    "equivariance.decoder": ("conv", "cross_attention"),
 }
 
 # The interval that every number of the schema, or each number of a list, must lie in. A round bracket leaves the end

@@ -47,7 +47,7 @@ class EquivarianceConfig:
     border: str = "canvas"  # zeros: black outside the crop (the papers); canvas: real pixels around it
     patch_dim: int = 2048  # d_patch: width of the token projection
     equivariant_dim: int = 512  # d_equi: channels of each projected token that only the decoders see
-    decoder: str = "conv"  # conv, cross_attention or pooled_conv
+    decoder: str = "conv"  # conv or cross_attention
     decoder_dim: int = 256  # width of the decoder after its first layer
     decoder_depth: int = 2  # self-attention layers of the cross_attention decoder
     max_angle_deg: float = 45.0  # rotation is uniform in [-max, max] degrees

@@ -5,7 +5,6 @@ tokens [B, N, D_equi] of the two views, the token grid (h, w) with h * w = N, an
 [B, 3, h * patch_size, w * patch_size] in normalised pixel values.
 """
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -28,76 +27,37 @@ class DecoderSettings:
     patch_size: int
     dim: int  # width after the first layer
     depth: int  # self-attention layers
-    grid: tuple[int, int]  # patches (h, w) of the images
     attention: str = "auto"  # backend of attention layers
 
 
-class UpsamplingConvs(nn.Module):
-    """Four convolutions from a map [B, dim, h, w] to an image [B, 3, h * patch_size, w * patch_size].
+class ConvDecoder(nn.Module):
+    """One linear layer on the tokens of both views, patch by patch, then four convolutions that grow to the image.
 
     The growth is spread evenly: each convolution enlarges the map by patch_size ** (1/4).
     """
 
-    def __init__(self, patch_size: int, dim: int) -> None:
+    def __init__(self, settings: DecoderSettings) -> None:
         super().__init__()
-        self.patch_size = patch_size
-        widths = [max(dim // 2**level, 8) for level in range(NUM_CONVOLUTIONS)] + [3]
+        self.patch_size = settings.patch_size
+        self.linear = nn.Linear(2 * settings.equivariant_dim, settings.dim)
+        widths = [max(settings.dim // 2**level, 8) for level in range(NUM_CONVOLUTIONS)] + [3]
         # Zero padding would draw a grey frame around every image.
         self.convs = nn.ModuleList(
             nn.Conv2d(*pair, kernel_size=3, padding=1, padding_mode="replicate") for pair in pairwise(widths)
         )
 
-    def forward(self, maps: Tensor) -> Tensor:
-        grid = maps.shape[-2:]
+    def init_weights(self) -> None:
+        for layer in (self.linear, *self.convs):
+            layer.reset_parameters()
+
+    def forward(self, anchor: Tensor, transformed: Tensor, grid: tuple[int, int]) -> Tensor:
+        tokens = self.linear(torch.cat([anchor, transformed], dim=-1))  # [B, N, D]
+        maps = tokens.transpose(1, 2).unflatten(2, grid)  # [B, D, h, w]
         for level, conv in enumerate(self.convs, start=1):
             growth = self.patch_size ** (level / NUM_CONVOLUTIONS)
             size = [round(side * growth) for side in grid]
             maps = conv(F.interpolate(F.gelu(maps), size=size, mode="bilinear", align_corners=False))
         return maps
-
-
-class ConvDecoder(nn.Module):
-    """One linear layer on the tokens of both views, patch by patch, then four convolutions."""
-
-    def __init__(self, settings: DecoderSettings) -> None:
-        super().__init__()
-        self.linear = nn.Linear(2 * settings.equivariant_dim, settings.dim)
-        self.convs = UpsamplingConvs(settings.patch_size, settings.dim)
-
-    def init_weights(self) -> None:
-        _reset(self)
-
-    def forward(self, anchor: Tensor, transformed: Tensor, grid: tuple[int, int]) -> Tensor:
-        tokens = self.linear(torch.cat([anchor, transformed], dim=-1))  # [B, N, D]
-        return self.convs(tokens.transpose(1, 2).unflatten(2, grid))
-
-
-class PooledConvDecoder(nn.Module):
-    """One linear layer from the mean tokens of both views to the whole map, then four convolutions (ours).
-
-    Patch tokens tell where things are by their place in the grid, so a decoder that reads them one by one asks nothing
-    of the image's feature vector. This one does: layout and transform must be in the mean token itself.
-    """
-
-    def __init__(self, settings: DecoderSettings) -> None:
-        super().__init__()
-        self.map_shape = (settings.dim, *settings.grid)
-        self.linear = nn.Linear(2 * settings.equivariant_dim, math.prod(self.map_shape))
-        self.convs = UpsamplingConvs(settings.patch_size, settings.dim)
-
-    def init_weights(self) -> None:
-        _reset(self)
-
-    def forward(self, anchor: Tensor, transformed: Tensor, grid: tuple[int, int]) -> Tensor:
-        pooled = torch.cat([anchor.mean(dim=1), transformed.mean(dim=1)], dim=-1)  # [B, 2 D_equi]
-        return self.convs(self.linear(pooled).unflatten(1, self.map_shape))
-
-
-def _reset(decoder: nn.Module) -> None:
-    """torch's own initialisation for every linear layer and convolution."""
-    for module in decoder.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.reset_parameters()
 
 
 class CrossAttentionDecoder(nn.Module):
@@ -141,7 +101,7 @@ class CrossAttentionDecoder(nn.Module):
         return F.fold(patches.transpose(1, 2), size, kernel_size=self.patch_size, stride=self.patch_size)
 
 
-DECODERS = {"conv": ConvDecoder, "cross_attention": CrossAttentionDecoder, "pooled_conv": PooledConvDecoder}
+DECODERS = {"conv": ConvDecoder, "cross_attention": CrossAttentionDecoder}
 
 
 def build_decoder(name: str, **settings) -> nn.Module:

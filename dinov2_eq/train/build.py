@@ -144,7 +144,6 @@ def _build_objectives(config: Config) -> dict[str, Objective]:
                 patch_size=config.student.patch_size,
                 dim=task.decoder_dim,
                 depth=task.decoder_depth,
-                grid=patch_grid(config),
                 attention=config.student.attention,
             )
             for _ in range(task.num_intermediates)

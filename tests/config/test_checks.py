@@ -28,7 +28,7 @@ from dinov2_eq.models import ARCHS
         ),
         ("equivariance.num_intermediates=0", "equivariance.num_intermediates=0 must be at least 1"),
         ("equivariance.border=reflect", "equivariance.border='reflect' is not one of zeros, canvas"),
-        ("equivariance.decoder=convs", "equivariance.decoder='convs' is not one of conv, cross_attention, pooled_conv"),
+        ("equivariance.decoder=convs", "equivariance.decoder='convs' is not one of conv, cross_attention"),
         ("student.arch=vit_smal", "student.arch='vit_smal' is not one of vit_tiny, vit_small"),
         ("ibot.mask_ratio_min_max=[0.5,0.1]", r"ibot.mask_ratio_min_max=\[0.5, 0.1\] must be .* low <= high"),
         ("crops.jitter=[0.4,0.4,0.2]", r"must have 4 numbers: \[brightness, contrast, saturation, hue\]"),
