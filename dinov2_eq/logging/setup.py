@@ -21,7 +21,7 @@ class _AboveProgressBar(logging.Handler):
     """Prints above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def setup_logging(folder: Path | None = None) -> None:

@@ -48,7 +48,7 @@ class Observer:
         self.metrics = metrics
         self.actions = actions
         self.bar = tqdm(
-            total=steps, initial=start, unit="step", disable=not (sys.stdout.isatty() and is_main_process())
+            total=steps, initial=start, unit="step", disable=not (sys.stderr.isatty() and is_main_process())
         )
 
     def after_step(self, done: int, meter: StepMeter, more: Mapping[str, float]) -> None:

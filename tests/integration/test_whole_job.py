@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dinov2_eq.run.cli import main
 from tests.browser import needs_browser, opened, require_sound
+from tools import gradient_shares, profile_step, show_views
 
 DATA = ["--train-dataset", "Shapes:split=TRAIN:num=60:size=40", "--val-dataset", "Shapes:split=VAL:num=30:size=40"]
 
@@ -47,3 +49,21 @@ def test_the_report_opens_in_a_browser(runs, tmp_path):
         text = browser.execute_script("return document.body.innerText")
     for words in ("reconstruction", "k-NN", "rotation"):
         assert words.lower() in text.lower()
+
+
+def test_picture_of_the_task(runs, tmp_path):
+    show_views.main([str(runs / "task"), "--output", str(tmp_path / "views.png")])
+    assert min(Image.open(tmp_path / "views.png").size) > 100
+
+
+def test_gradient_shares(runs, capsys):
+    gradient_shares.main([str(runs / "task"), "--batches", "1"])
+    shares = json.loads(capsys.readouterr().out)
+    assert shares["step"] == 10 and all(norm > 0 for norm in shares["gradient_norm"].values())
+    assert set(shares["gradient_norm"]) == {"dino", "koleo", "ibot", "reconstruction"}
+
+
+def test_cost_of_the_task(capsys):
+    profile_step.main(["--config-file", "debug", "--steps", "1"])
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["images_per_second"]) == {"disabled", "control", "task"}

@@ -1,0 +1,93 @@
+"""What the task costs: time of a training step without it, as control, and with it, taken in turn in one process."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+import torch
+
+from dinov2_eq.config.load import load_config
+from dinov2_eq.config.schema import Config
+from dinov2_eq.data.datasets import build_dataset
+from dinov2_eq.data.loaders import to_device
+from dinov2_eq.distributed import pick_device
+from dinov2_eq.train.build import (
+    build_arch,
+    build_make_views,
+    build_optimizer,
+    build_schedules,
+    build_train_loader,
+    num_reconstructed,
+)
+from dinov2_eq.train.train import autocast_dtype
+
+VARIANTS = {
+    "disabled": ["equivariance.enabled=false"],
+    "control": ["equivariance.enabled=true", "equivariance.loss_weight=0"],
+    "task": ["equivariance.enabled=true"],
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tools/profile_step.py", description=__doc__)
+    parser.add_argument(
+        "--config-file", required=True, help="YAML file or packaged recipe, with a positive loss_weight"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="of each variant, after two that do not count")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_intermixed_args(argv)
+    configs = {name: load_config(args.config_file, [*args.overrides, *more]) for name, more in VARIANTS.items()}
+    device = pick_device(configs["task"].train.device)
+    steps = {name: build_step(config, device) for name, config in configs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.steps + 2):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[name].append(time.perf_counter() - began)
+    medians = {name: median(times[2:]) for name, times in seconds.items()}
+    images = configs["task"].train.batch_size_per_gpu
+    result = {
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
+        "images_per_second": {name: images / value for name, value in medians.items()},
+        "cost_percent_over_disabled": {
+            name: 100 * (value / medians["disabled"] - 1) for name, value in medians.items()
+        },
+    }
+    print(json.dumps(result, indent=1))
+
+
+def build_step(config: Config, device: torch.device) -> Callable[[], None]:
+    """One optimizer step on one batch that is already on the device: views, forward, backward, update."""
+    arch = build_arch(config, device)
+    optimizer = build_optimizer(config, arch)
+    scheduled = build_schedules(config).at(0)
+    make_views = build_make_views(config, num_reconstructed(config.equivariance))
+    dtype = autocast_dtype(config, device)
+    dataset = build_dataset(config.train.dataset_path)
+    batch = to_device(next(iter(build_train_loader(config, dataset, start_step=0, num_workers=0))), device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        views = make_views(batch)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            output = arch(views, scheduled)
+        output.total.backward()
+        optimizer.step()
+        arch.end_step(scheduled.teacher_momentum)
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
