@@ -27,10 +27,10 @@ def run_folder(tmp_path_factory):
     return folder
 
 
-def run(run_folder, *flags, train=TRAIN, val=VAL):
+def run(run_folder, *flags, train=TRAIN, val=VAL, results=None):
     common = ["--pretrained-weights", str(run_folder), "--num-workers", "0", "--device", "cpu"]
     knn.main([*common, "--train-dataset", train, "--val-dataset", val, *flags])
-    return json.loads((run_folder / "results_eval_knn.json").read_text())
+    return json.loads(((results or run_folder) / "results_eval_knn.json").read_text())
 
 
 def test_results_file_and_table(run_folder, capsys):
@@ -64,8 +64,8 @@ def test_subsets_hold_so_many_images_of_each_class():
 
 
 def test_max_images_and_output_dir(run_folder, tmp_path):
-    run(run_folder, "--max-images", "20", "--output-dir", str(tmp_path / "new"))
-    protocol = json.loads((tmp_path / "new" / "results_eval_knn.json").read_text())["protocol"]
+    new = tmp_path / "new"
+    protocol = run(run_folder, "--max-images", "20", "--output-dir", str(new), results=new)["protocol"]
     assert protocol["num_train_images"] == protocol["num_val_images"] == protocol["max_images"] == 20
 
 
