@@ -19,8 +19,8 @@ fail() {
 
 # Each replaces the shell it runs in, so that the trap reaches the program itself.
 train() {
-    local weight=1.0 && [[ $1 == */control ]] && weight=0
-    exec "$program" train --config-file demo --output-dir "$1" --no-resume equivariance.loss_weight="$weight"
+    local settings=() && [[ $1 == */control ]] && settings=(equivariance.loss_weight=0)
+    exec "$program" train --config-file demo --output-dir "$1" --no-resume ${settings[@]+"${settings[@]}"}
 }
 probe() {
     exec "$program" eval "$1" --pretrained-weights "$2" --output-dir "$2" --num-workers 0 --precision bf16 \
@@ -30,7 +30,7 @@ knn() {
     probe knn "$1" --max-images 1000 --nb_knn 20
 }
 equivariance() {
-    probe equivariance "$1" --max-train-images 1000 --max-val-images 500 --max-shift 0.125 --hidden-dim 256 --epochs 30
+    probe equivariance "$1" --max-train-images 800 --max-val-images 400 --max-shift 0.125 --hidden-dim 256 --epochs 20
 }
 
 run_both train
