@@ -21,7 +21,7 @@ from dinov2_eq.train.build import (
     build_train_loader,
     num_reconstructed,
 )
-from dinov2_eq.train.train import autocast_dtype
+from dinov2_eq.train.train import uses_half_precision
 
 VARIANTS = {
     "disabled": ["equivariance.enabled=false"],
@@ -73,14 +73,14 @@ def build_step(config: Config, device: torch.device) -> Callable[[], None]:
     optimizer = build_optimizer(config, arch)
     scheduled = build_schedules(config).at(0)
     make_views = build_make_views(config, num_reconstructed(config.equivariance))
-    dtype = autocast_dtype(config, device)
+    half_precision = uses_half_precision(config, device)
     dataset = build_dataset(config.train.dataset_path)
     batch = to_device(next(iter(build_train_loader(config, dataset, start_step=0, num_workers=0))), device)
 
     def step() -> None:
         optimizer.zero_grad()
         views = make_views(batch)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half_precision):
             output = arch(views, scheduled)
         output.total.backward()
         optimizer.step()

@@ -83,15 +83,15 @@ def build_observer(
     folder: Path,
     arch: SSLMetaArch,
     dataset: ImageDataset,
+    knn: OnlineKnn | None,
     device: torch.device,
     half_precision: bool,
     start: int,
 ) -> Observer:
-    """Raises ValueError where the data of the online k-NN has no labels, or fewer images than k."""
+    """`start` is the number of steps that an earlier start of the run has done."""
     evaluation, steps = config.evaluation, config.optim.steps
     actions: dict[Callable[[int], Mapping[str, float] | None], int] = {}
-    if evaluation.knn_period_steps > 0:
-        knn = OnlineKnn(evaluation, config.crops, config.train.num_workers, half_precision)
+    if knn:
         actions[lambda done: knn.measure(arch.teacher["backbone"], device)] = evaluation.knn_period_steps
     if evaluation.sample_period_steps > 0 and is_main_process():
         samples = _build_samples(config, folder, dataset, device)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dinov2_eq.config.schema import CropsConfig, EvaluationConfig
+from dinov2_eq.config.schema import Config, CropsConfig, EvaluationConfig
 from dinov2_eq.data.datasets import ImageDataset, build_dataset, require_labels
 from dinov2_eq.data.loaders import fixed_subset, make_eval_loader
 from dinov2_eq.probes.features import extract_features
@@ -15,6 +15,13 @@ from dinov2_eq.probes.knn import knn_accuracy
 BATCH_SIZE = 256
 
 logger = logging.getLogger(__name__)
+
+
+def build_online_knn(config: Config, half_precision: bool) -> "OnlineKnn | None":
+    """None where it is switched off; otherwise raises as `OnlineKnn` does."""
+    if config.evaluation.knn_period_steps == 0:
+        return None
+    return OnlineKnn(config.evaluation, config.crops, config.train.num_workers, half_precision)
 
 
 class OnlineKnn:

@@ -29,6 +29,7 @@ from dinov2_eq.train.estimate import plan
 from dinov2_eq.train.finite import clip_gradients, require_finite
 from dinov2_eq.train.meter import StepMeter
 from dinov2_eq.train.observer import build_observer
+from dinov2_eq.train.online_knn import build_online_knn
 from dinov2_eq.train.param_groups import apply_schedule
 from dinov2_eq.train.state import TrainingState
 
@@ -52,22 +53,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.print_config:
         print(to_yaml(config), end="")
     elif args.dry_run:
-        device = pick_device(config.train.device)
+        half_precision = uses_half_precision(config, pick_device(config.train.device))
         arch = build_arch(config, torch.device("meta"))
         build_multi_crop(config)
+        build_online_knn(config, half_precision)
         num_images = len(build_dataset(config.train.dataset_path))
-        print(plan(config, arch, num_images, half_precision=autocast_dtype(config, device) is not None))
+        print(plan(config, arch, num_images, half_precision))
     elif args.output_dir is None:
         raise ValueError("--output-dir is missing: name the folder that the run writes to")
     else:
         do_train(config, args.output_dir, resume=not args.no_resume)
 
 
-def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
-    """None where everything is computed in float32."""
+def uses_half_precision(config: Config, device: torch.device) -> bool:
+    """Whether networks run under bfloat16 autocast; weights, losses and optimizer stay float32."""
     precision = config.compute_precision.dtype
-    half = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if half else None
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def do_train(config: Config, output_dir: Path, *, resume: bool = True) -> None:
@@ -82,8 +83,9 @@ def do_train(config: Config, output_dir: Path, *, resume: bool = True) -> None:
     check_writable(output_dir)
     setup_logging(output_dir)
     device = pick_device(config.train.device)
-    dtype = autocast_dtype(config, device)
+    half_precision = uses_half_precision(config, device)
     dataset = build_dataset(config.train.dataset_path)
+    knn = build_online_knn(config, half_precision)
     arch = build_arch(config, device)
     optimizer = build_optimizer(config, arch)
     schedules = build_schedules(config)
@@ -103,10 +105,10 @@ def do_train(config: Config, output_dir: Path, *, resume: bool = True) -> None:
         logger.info("this run is finished: step %d of optim.steps=%d", start, config.optim.steps)
         return
     run_folder.describe(output_dir, config, device)
-    half_precision = dtype is not None
-    logger.info("%s, autocast %s\n%s", device, dtype, plan(config, arch, len(dataset), half_precision))
+    precision = "bfloat16 autocast" if half_precision else "float32"
+    logger.info("%s, %s\n%s", device, precision, plan(config, arch, len(dataset), half_precision))
 
-    observer = build_observer(config, output_dir, arch, dataset, device, half_precision, start)
+    observer = build_observer(config, output_dir, arch, dataset, knn, device, half_precision, start)
     if start == 0:
         observer.act(0)
     batches = iter(build_train_loader(config, dataset, start, config.train.num_workers))
@@ -122,7 +124,7 @@ def do_train(config: Config, output_dir: Path, *, resume: bool = True) -> None:
                 batch = next(batches)
             corrupt.add(batch.skipped, config.train.batch_size_per_gpu)
             views = make_views(to_device(batch, device))
-            with torch.autocast(device.type, dtype=dtype, enabled=half_precision):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half_precision):
                 output = arch(views, scheduled)
             require_finite(output, step)
             meter.add(output, config.train.batch_size_per_gpu)
