@@ -30,7 +30,7 @@ knn() {
     probe knn "$1" --max-images 1000 --nb_knn 20
 }
 equivariance() {
-    probe equivariance "$1" --max-train-images 800 --max-val-images 400 --max-shift 0.125 --hidden-dim 256 --epochs 20
+    probe equivariance "$1" --max-train-images 500 --max-val-images 300 --max-shift 0.125 --hidden-dim 256 --epochs 20
 }
 
 run_both train
