@@ -15,8 +15,16 @@ from dinov2_eq.logging import describe_run
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
-PRODUCTS = (CONFIG, CHECKPOINTS, "environment.json", "training_metrics.jsonl", "events.out.*", "samples", "eval")
-RESULTS = ("results_eval_*.json",)
+PRODUCTS = (
+    CONFIG,
+    CHECKPOINTS,
+    "environment.json",
+    "training_metrics.jsonl",
+    "events.out.*",
+    "samples",
+    "eval",
+    "results_eval_*.json",
+)
 # What a checkpoint holds or implies: the optimizer's groups, and the place in the stream of samples.
 FIXED = (
     "train.seed",
@@ -33,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 def set_aside(folder: Path) -> None:
     """Moves whatever an earlier run left in the folder to `previous-<n>/` in it."""
-    found = [path for pattern in (*PRODUCTS, *RESULTS) for path in folder.glob(pattern)]
+    found = [path for pattern in PRODUCTS for path in folder.glob(pattern)]
     if not found or not is_main_process():
         return
     number = 1 + len(list(folder.glob("previous-*")))
