@@ -10,7 +10,7 @@ FLOORS = [
     {"types", "distributed"},
     {"layers", "loss"},
     {"equivariance", "logging", "probes"},
-    {"models", "data", "config", "checkpointer"},
+    {"models", "data", "config", "fsdp", "checkpointer"},
     {"train", "evaluation", "report"},
     {"run"},
 ]

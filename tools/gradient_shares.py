@@ -12,17 +12,14 @@ import torch
 
 from dinov2_eq.checkpointer import Checkpointer
 from dinov2_eq.config.load import load_config
-from dinov2_eq.data.corrupt import CorruptCounter
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.train.build import (
     build_arch,
     build_make_views,
-    build_optimizer,
     build_schedules,
     build_train_loader,
     num_reconstructed,
 )
-from dinov2_eq.train.state import TrainingState
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     step = checkpointer.newest_whole()
     if step is None:
         raise ValueError(f"{args.run} has no checkpoint")
-    counter = CorruptCounter(config.train.max_corrupt_share)
-    TrainingState(arch, build_optimizer(config, arch), counter, device).load(checkpointer, step)
+    weights = arch.state_dict()
+    checkpointer.load(step, {"model": weights})
+    arch.load_state_dict(weights)
     scheduled = build_schedules(config).at(step - 1)
     batches = iter(build_train_loader(config, build_dataset(config.train.dataset_path), step, 0))
     make_views = build_make_views(config, num_reconstructed(config.equivariance))

@@ -20,8 +20,8 @@ from dinov2_eq.train.build import (
     build_schedules,
     build_train_loader,
     num_reconstructed,
+    uses_half_precision,
 )
-from dinov2_eq.train.train import uses_half_precision
 
 VARIANTS = {
     "disabled": ["equivariance.enabled=false"],

@@ -1,4 +1,4 @@
-"""Training checkpoints: written to a temporary name, renamed when whole, checked before they are trusted."""
+"""Training checkpoints: written in the background, renamed when whole, checked before they are trusted."""
 
 import hashlib
 import json
@@ -6,16 +6,27 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import WriteResult
 
-from dinov2_eq.distributed import is_distributed
+from dinov2_eq.distributed import (
+    from_main_process,
+    gather_objects,
+    get_rank,
+    get_world_size,
+    is_distributed,
+    is_main_process,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -24,31 +35,132 @@ TEMPORARY = ".writing"
 
 
 class Checkpointer:
-    """Folders `<folder>/<step>/` in torch's distributed checkpoint format, the newest `keep` of them."""
+    """Folders `<folder>/<step>/` in torch's distributed checkpoint format.
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    With several processes all of them make one and call its methods together; the main process alone makes, renames
+    and removes folders. Call `close` at the end.
+
+    Args:
+        keep: how many of the newest stay, at least 1.
+        keep_every_steps: those whose step is a multiple of it stay as well; 0: none.
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_every_steps: int = 0) -> None:
         self.folder = folder
         self.keep = keep
+        self.keep_every_steps = keep_every_steps
+        # The background's collectives must not meet those of the training, which go on meanwhile.
+        self._group = dist.new_group(backend="gloo") if is_distributed() else None
+        # Kept, with the memory of its copy: fresh memory at every save made the copy several times slower.
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=False,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=False,
+            )
+        )
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: Future[str | None] | None = None
+        # torch's remark, from a thread of its own, at every save and load of a single process.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Writes `state` (nested dicts of tensors and plain values) as the checkpoint of `step`.
+        """Copies `state` (nested dicts of tensors, DTensors and plain values); the copy is written in the background.
+
+        Waits for the save before this one. A failed save stops nothing here: the next `save` logs it, `wait` raises.
+        """
+        self._log_failure(self._outcome())
+        temporary = self.folder / f"{step}{TEMPORARY}"
+        try:
+            from_main_process(lambda: self._make_room(temporary))
+        except OSError as error:
+            self._under_way = Future()
+            self._under_way.set_result(self._failure(step, error))
+            return
+        written = dcp.async_save(
+            state,
+            storage_writer=_Writer(temporary, per_thread_copy_ahead=0),  # nothing to copy ahead: it is in memory
+            process_group=self._group,
+            async_stager=self._stager,
+            no_dist=self._group is None,
+        )
+        self._under_way = self._background.submit(self._finish, step, written)
+
+    def wait(self) -> None:
+        """Returns when the save under way, if there is one, is a whole folder.
 
         Raises:
-            OSError: the folder cannot be written; older checkpoints are untouched.
+            OSError: it could not be written, on every process alike; older checkpoints are intact.
         """
-        temporary, final = self.folder / f"{step}{TEMPORARY}", self.folder / str(step)
+        failure = self._outcome()
+        if failure is not None:
+            raise OSError(
+                f"{failure}. Older checkpoints are intact: when {self.folder} can be written again, the same command "
+                "goes on from the newest"
+            )
+
+    def close(self) -> None:
+        """Waits without raising, and frees threads, memory and process group."""
+        self._log_failure(self._outcome())
+        self._background.shutdown()
+        self._stager.close()
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+
+    def _outcome(self) -> str | None:
+        """Waits for the save under way; what went wrong with it."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is None:
+            return None
+        error = under_way.exception()
+        return under_way.result() if error is None else f"The last checkpoint was not finished: {_reason(error)}"
+
+    def _log_failure(self, failure: str | None) -> None:
+        if failure is not None and is_main_process():
+            logger.error("%s. Older checkpoints are intact", failure)
+
+    def _failure(self, step: int, error: BaseException) -> str:
+        return f"Checkpoint {self.folder / str(step)} could not be written: {_reason(error)}"
+
+    def _make_room(self, temporary: Path) -> None:
         for leftover in self.folder.glob(f"*{TEMPORARY}"):
-            shutil.rmtree(leftover)
+            _remove(leftover)
         temporary.mkdir(parents=True)
-        with _one_process_is_normal():
-            dcp.save(state, checkpoint_id=temporary, no_dist=not is_distributed())
+
+    def _finish(self, step: int, written: Future) -> str | None:
+        """In the background: a whole folder, or none; returns what went wrong, the same on every process."""
+        outcome: list[str | None] = [None]
+        try:
+            written.result()  # of all processes: torch exchanges their failures
+            if is_main_process():
+                self._publish(step)
+        except (Exception, CheckpointException) as error:  # torch's own is no Exception
+            outcome = [self._failure(step, error)]
+            if is_main_process():
+                _remove(self.folder / f"{step}{TEMPORARY}")
+        if self._group is not None:
+            dist.broadcast_object_list(outcome, group=self._group)
+        return outcome[0]
+
+    def _publish(self, step: int) -> None:
+        temporary, final = self.folder / f"{step}{TEMPORARY}", self.folder / str(step)
         manifest = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        if final.exists():  # a damaged one of the same step, which this one replaces
-            shutil.rmtree(final)
+        with (temporary / MANIFEST).open("w") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        replaced = self.folder / f"{step}.replaced{TEMPORARY}"
+        if final.exists():
+            os.replace(final, replaced)
         os.replace(temporary, final)
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.folder / str(old))
+        logger.info("saved %s", final)
+        if replaced.exists():
+            _remove(replaced)
+        # Newer ones are damaged: the run went back behind them.
+        for old in [other for other in self.steps() if other <= step][: -self.keep]:
+            if self.keep_every_steps == 0 or old % self.keep_every_steps:
+                _remove(self.folder / str(old))
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, oldest first; unfinished ones are not counted."""
@@ -62,16 +174,15 @@ class Checkpointer:
         Raises:
             ValueError: there are checkpoints but every one is damaged.
         """
-        for leftover in sorted(self.folder.glob(f"*{TEMPORARY}")):
-            logger.warning("%s was never finished; it is ignored", leftover)
-        steps = self.steps()
         damages = []
-        for step in reversed(steps):
+        for step in reversed(from_main_process(self._look)):
             damage = self._damage(step)
             if damage is None:
                 return step
-            logger.warning("Checkpoint %s is damaged (%s); trying the one before it", self.folder / str(step), damage)
-            damages.append(f"{self.folder / str(step)}: {damage}")
+            folder = self.folder / str(step)
+            damages.append(f"{folder}: {damage}")
+            if is_main_process():
+                logger.warning("Checkpoint %s is damaged (%s); trying the one before it", folder, damage)
         if damages:
             raise ValueError(
                 "No checkpoint of this run can be resumed from:\n  "
@@ -100,8 +211,7 @@ class Checkpointer:
                 + "). Use the config that the run began with, another --output-dir, or --no-resume"
             )
         try:
-            with _one_process_is_normal():
-                dcp.load(state, checkpoint_id=folder, no_dist=not is_distributed())
+            dcp.load(state, checkpoint_id=folder, no_dist=not is_distributed())
         except CheckpointException as error:
             reason = str(next(iter(error.failures.values()))[0])
             raise ValueError(
@@ -116,27 +226,61 @@ class Checkpointer:
     def _stored(self, step: int) -> dict[str, Any]:
         return dcp.FileSystemReader(self.folder / str(step)).read_metadata().state_dict_metadata
 
+    def _look(self) -> list[int]:
+        for leftover in sorted(self.folder.glob(f"*{TEMPORARY}")):
+            logger.warning("%s was never finished; it is ignored", leftover)
+        return self.steps()
+
     def _damage(self, step: int) -> str | None:
+        """Each process reads its share of the files; the answer is the same on all."""
         folder = self.folder / str(step)
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
+            manifest = from_main_process(lambda: json.loads((folder / MANIFEST).read_text()))
         except (OSError, ValueError) as error:
             return f"{MANIFEST} cannot be read: {error}"
-        for name, fingerprint in manifest.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if _fingerprint(path) != fingerprint:
-                return f"{name} is not what was written ({path.stat().st_size} bytes)"
-        return None
+        share = sorted(manifest.items())[get_rank() :: get_world_size()]
+        found = gather_objects(
+            [damage for name, fingerprint in share if (damage := _compare(folder / name, fingerprint))]
+        )
+        return next((damage for damages in found for damage in damages), None)
 
 
-@contextmanager
-def _one_process_is_normal() -> Iterator[None]:
-    """torch warns at every call that no process group exists, which is how a single process runs."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+class _Writer(dcp.FileSystemWriter):
+    """Says why a file could not be written: torch reports a full disk as an "unexpected pos" in its archive."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return _reason(cause) + (f" (process {rank})" if is_distributed() else "")
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}"
+
+
+def _remove(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        logger.warning("%s could not be removed: %s", folder, error)
+
+
+def _compare(path: Path, fingerprint: str) -> str | None:
+    """What is wrong with a file."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    try:
+        if _fingerprint(path) != fingerprint:
+            return f"{path.name} is not what was written ({path.stat().st_size} bytes)"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error}"
+    return None
 
 
 def _fingerprint(path: Path) -> str:

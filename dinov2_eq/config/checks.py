@@ -21,6 +21,7 @@ CHOICES = {
     "optim.scaling_rule": ("sqrt_wrt_1024", "linear_wrt_256", "none"),
     "train.centering": ("centering", "sinkhorn_knopp"),
     "train.device": ("auto", "cpu", "cuda"),
+    "fsdp.strategy": ("none", "ddp", "full", "grad_op", "hybrid"),
     "equivariance.border": ("zeros", "canvas"),
     "equivariance.decoder": ("conv", "cross_attention"),
 }
@@ -96,6 +97,8 @@ INTERVALS = {
     "train.log_period_steps": "[1, inf)",
     "train.checkpoint_period_steps": "[1, inf)",
     "train.keep_checkpoints": "[1, inf)",
+    "train.keep_checkpoint_every_steps": "[0, inf)",
+    "train.lost_rank_timeout_s": "[20, inf)",
     "evaluation.eval_period_steps": "[0, inf)",
     "evaluation.sample_period_steps": "[0, inf)",
     "evaluation.knn_period_steps": "[0, inf)",

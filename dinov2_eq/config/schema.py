@@ -58,6 +58,15 @@ class EquivarianceConfig:
 
 
 @dataclass
+class FsdpConfig:
+    strategy: str = (
+        "grad_op"  # with several processes: ddp, full, grad_op, hybrid; see docs/slurm.md; none: refuse them
+    )
+    activation_checkpointing: bool = False  # compute each block again in the backward pass: less memory, more time
+    compile: bool = False  # torch.compile of each block
+
+
+@dataclass
 class StudentConfig:
     arch: str = "vit_large"  # vit_tiny, vit_small, vit_base, vit_large, vit_giant2
     depth: int | None = None  # number of blocks; null: the architecture's own
@@ -130,6 +139,8 @@ class TrainConfig:
     log_period_steps: int = 10
     checkpoint_period_steps: int = 1250
     keep_checkpoints: int = 3  # the newest so many are kept
+    keep_checkpoint_every_steps: int = 0  # those of multiples of so many steps are kept for ever; 0: none
+    lost_rank_timeout_s: float = 120.0  # a process that is silent so long ends the run on all others
     device: str = "auto"  # auto, cpu or cuda
 
 
@@ -152,6 +163,7 @@ class Config:
     dino: DinoConfig = field(default_factory=DinoConfig)
     ibot: IbotConfig = field(default_factory=IbotConfig)
     equivariance: EquivarianceConfig = field(default_factory=EquivarianceConfig)
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

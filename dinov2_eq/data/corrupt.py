@@ -3,9 +3,11 @@
 import logging
 from collections.abc import Iterable
 
+import torch
 from PIL import Image
 
 from dinov2_eq.data.datasets import DataError, ImageDataset, UnreadableImage
+from dinov2_eq.distributed import all_reduce_sum, gather_objects
 
 logger = logging.getLogger(__name__)
 
@@ -35,41 +37,51 @@ def read_or_next(dataset: ImageDataset, index: int) -> tuple[Image.Image, tuple[
 
 
 class CorruptCounter:
-    """Counts unreadable images in the main process; names each once in the log.
+    """Counts unreadable images over all processes; each process names its own in the log, once.
 
     Args:
         max_corrupt_share: largest tolerated share of unreadable images among those read, in [0, 1].
+
+    `num_read` and `num_corrupt` are those of all processes up to the last `check`.
     """
 
     def __init__(self, max_corrupt_share: float) -> None:
         self.max_corrupt_share = max_corrupt_share
         self.num_read = 0
         self.num_corrupt = 0
+        self._unchecked = torch.zeros(2, dtype=torch.int64)  # read, corrupt: of this process, since the last check
         self._named: set[str] = set()
 
     def add(self, names: Iterable[str], num_read: int) -> None:
-        """Notes `num_read` images that were read and the names of those that could not be.
-
-        Raises:
-            DataError: too many, after at least `MIN_READS` attempts.
-        """
+        """Notes `num_read` images that this process read and the names of those that it could not."""
         names = list(names)
-        self.num_read += num_read
-        self.num_corrupt += len(names)
+        self._unchecked += torch.tensor([num_read, len(names)])
         for name in names:
             if name not in self._named:
                 self._named.add(name)
                 logger.warning("Unreadable image skipped: %s", name)
+
+    def check(self) -> None:
+        """Adds up what all processes noted; each of them must call it, and all raise together.
+
+        Raises:
+            DataError: too many, after at least `MIN_READS` attempts.
+        """
+        num_read, num_corrupt = all_reduce_sum(self._unchecked).tolist()
+        self._unchecked.zero_()
+        self.num_read += num_read
+        self.num_corrupt += num_corrupt
         num_attempts = self.num_read + self.num_corrupt
         if num_attempts >= MIN_READS and self.num_corrupt > self.max_corrupt_share * num_attempts:
-            examples = ", ".join(sorted(self._named)[:3])
+            named = set().union(*gather_objects(set(sorted(self._named)[:3])))
             raise DataError(
                 f"{self.num_corrupt} of {num_attempts} images could not be read, more than "
-                f"train.max_corrupt_share={self.max_corrupt_share} allows; for example {examples}. "
+                f"train.max_corrupt_share={self.max_corrupt_share} allows; for example {', '.join(sorted(named)[:3])}. "
                 "Repair or remove them, or raise train.max_corrupt_share."
             )
 
     def state_dict(self) -> dict[str, int]:
+        """The counts up to the last `check`, the same on all processes."""
         return {"num_read": self.num_read, "num_corrupt": self.num_corrupt}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

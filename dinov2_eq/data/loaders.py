@@ -16,6 +16,7 @@ from dinov2_eq.data.datasets import DataError, ImageDataset, UnreadableImage
 from dinov2_eq.data.masking import BlockMasking
 from dinov2_eq.data.samplers import StreamSampler
 from dinov2_eq.data.seeding import Stream, numpy_generator, torch_generator
+from dinov2_eq.data.workers import init_worker
 from dinov2_eq.types import CollatedBatch, Sample
 
 SMALL_IMAGE_SIZE = 64  # up to here, evaluation shows the whole short side
@@ -70,7 +71,7 @@ def make_train_loader(
             f"global_batch_size={global_batch_size} is not a multiple of batch_size={batch_size} times "
             f"world_size={world_size}."
         )
-    sampler = StreamSampler(len(dataset), seed, batch_size, rank, world_size, start_position)
+    sampler = StreamSampler(len(dataset), seed, batch_size, rank, world_size, start_position, dataset.chunk_ends)
     return DataLoader(
         TrainingSamples(dataset, multi_crop, seed),
         batch_size=batch_size,
@@ -78,7 +79,7 @@ def make_train_loader(
         collate_fn=Collate(masking, seed, global_batch_size),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=use_one_thread,
+        worker_init_fn=init_worker,
         generator=torch.Generator(),  # or the loader would draw from torch's own, which models use
     )
 
@@ -133,7 +134,7 @@ def make_eval_loader(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate_evaluation,
-        worker_init_fn=use_one_thread,
+        worker_init_fn=init_worker,
         generator=torch.Generator(),
     )
 
@@ -147,8 +148,3 @@ def fixed_subset(num_images: int, max_images: int, seed: int = 0) -> np.ndarray:
     """Indices [min(num_images, max_images)] int64: the first so many of a fixed shuffle, sorted."""
     order = numpy_generator(Stream.SUBSET, seed).permutation(num_images)
     return np.sort(order[:max_images])
-
-
-def use_one_thread(worker_id: int) -> None:
-    """Each worker process computes on one thread: there are as many workers as there is work for."""
-    torch.set_num_threads(1)

@@ -15,6 +15,7 @@ class Stream(IntEnum):
     MASK = 3
     SHAPES = 4
     SUBSET = 5
+    DROP_PATH = 6
 
 
 def numpy_generator(stream: Stream, *numbers: int) -> np.random.Generator:
@@ -22,7 +23,12 @@ def numpy_generator(stream: Stream, *numbers: int) -> np.random.Generator:
     return np.random.default_rng([stream, *numbers])
 
 
+def seed_for(stream: Stream, *numbers: int) -> int:
+    """A seed in [0, 2**63) fixed in the same way, for generators of torch's own."""
+    state = np.random.SeedSequence([stream, *numbers]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
 def torch_generator(stream: Stream, *numbers: int) -> torch.Generator:
     """As `numpy_generator`, on the CPU."""
-    state = np.random.SeedSequence([stream, *numbers]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+    return torch.Generator().manual_seed(seed_for(stream, *numbers))

@@ -1,10 +1,14 @@
-"""Device, rank, world size and the few collectives the losses need; each is a no-op on one process."""
+"""Device, rank, world size and the few collectives that the code needs; each is a no-op on one process."""
 
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 def is_distributed() -> bool:
@@ -19,31 +23,41 @@ def get_world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
+def get_local_rank() -> int:
+    """Rank among the processes of this node."""
+    return int(os.environ["LOCAL_RANK"]) if is_distributed() else 0
+
+
+def get_local_world_size() -> int:
+    """Number of processes on this node."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_distributed() else 1
+
+
 def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def require_one_process() -> None:
-    """Raises ValueError when a launcher started several processes, which would all do the same work."""
-    launched = max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
-    if launched > 1:
-        raise ValueError(
-            f"{launched} processes were launched, but this version trains in one. Launch one process on one GPU and "
-            "reach the batch that you want with train.accumulation_steps"
-        )
-
-
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device called "cpu" or "cuda", or with "auto" the GPU where there is one.
 
+    Args:
+        local_rank: which GPU of the node. A launcher may show each process a GPU of its own, which then is number 0.
+
     Raises:
-        ValueError: a GPU is asked for and torch sees none.
+        ValueError: a GPU is asked for and torch sees none, or fewer than the node has processes.
     """
+    num_gpus = torch.cuda.device_count()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+        name = "cuda" if num_gpus else "cpu"
+    if name == "cpu":
+        return torch.device(name)
+    if not num_gpus:
         raise ValueError("device cuda: torch sees no GPU here; use auto or cpu")
-    return torch.device(name)
+    if local_rank >= num_gpus > 1:
+        raise ValueError(
+            f"process {local_rank} of this node has no GPU, torch sees {num_gpus}; launch one process for each GPU"
+        )
+    return torch.device("cuda", local_rank % num_gpus) if local_rank else torch.device(name)
 
 
 @torch.no_grad()
@@ -52,3 +66,40 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor) -> Tensor:
+    """[n, ...] of every process, the same n on each -> [W * n, ...], ordered by rank."""
+    if not is_distributed():
+        return rows
+    gathered = [torch.empty_like(rows) for _ in range(get_world_size())]
+    dist.all_gather(gathered, rows.contiguous())
+    return torch.cat(gathered)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The (picklable) values of all processes, ordered by rank."""
+    gathered: list[Any] = [value] * get_world_size()
+    if is_distributed():
+        dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def from_main_process(function: Callable[[], Result]) -> Result:
+    """What `function` returns on the main process, or the exception that it raises there; the others do not call it.
+
+    For what reads or changes files: one process looks, and all go on from the same answer.
+    """
+    if not is_distributed():
+        return function()
+    outcome: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

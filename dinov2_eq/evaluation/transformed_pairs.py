@@ -17,7 +17,8 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from dinov2_eq.data.datasets import ImageDataset
-from dinov2_eq.data.loaders import EvaluationSamples, use_one_thread
+from dinov2_eq.data.loaders import EvaluationSamples
+from dinov2_eq.data.workers import init_worker
 from dinov2_eq.equivariance.transforms import Transform
 from dinov2_eq.evaluation.encoder import Encoder
 from dinov2_eq.probes.features import pooled_features, require_finite
@@ -137,7 +138,7 @@ def extract_pairs(
         Subset(SizedImages(dataset, size, sides), [int(index) for index in indices]),
         batch_size=batch_size,
         num_workers=num_workers,
-        worker_init_fn=use_one_thread,
+        worker_init_fn=init_worker,
         generator=torch.Generator(),
     )
     features: dict[tuple[str, Appearance | Setting], list[Tensor]] = {}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 MODES = ("cls", "mean", "both")
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would leave sharded backbones with tensors that training cannot use
 def pooled_features(
     backbone: nn.Module,
     images: Tensor,

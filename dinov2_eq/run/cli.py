@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; what the user can mend is printed without a traceback.
 
     Returns:
-        0 on success, 2 on a mistake in config, data, files or flags, 3 when training met a NaN or infinity.
+        0 on success, 2 on a mistake in config, data, files or flags, 3 when training met a NaN or infinity, 4 when it
+        was stopped by a signal and has saved, 5 when another process of the run was lost.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         name, rest = find_command(argv)
         importlib.import_module(COMMANDS[name][0]).main(rest)
+    except InterruptedError as stop:
+        print(f"dinov2-eq: {stop}", file=sys.stderr)
+        return 4
     except (ValueError, OSError) as error:
         print(f"dinov2-eq: {_words(error)}", file=sys.stderr)
         return 2

@@ -1,11 +1,12 @@
 """Config -> objects. The only place that knows both; every object gets plain values."""
 
+import copy
 import zlib
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dinov2_eq.config.schema import Config, EquivarianceConfig
@@ -17,6 +18,7 @@ from dinov2_eq.distributed import get_rank, get_world_size
 from dinov2_eq.equivariance.decoders import build_decoder
 from dinov2_eq.equivariance.split import NoSplit, TokenSplit
 from dinov2_eq.equivariance.transforms import Transform, build_transform
+from dinov2_eq.fsdp import Policy, load_full, parallelize
 from dinov2_eq.layers.dino_head import DINOHead
 from dinov2_eq.models import build_backbone
 from dinov2_eq.train.objectives.base import Objective
@@ -31,9 +33,10 @@ from dinov2_eq.train.ssl_meta_arch import Network, SSLMetaArch
 from dinov2_eq.types import CollatedBatch, ViewBatch
 
 
-def global_batch_size(config: Config) -> int:
-    """Images in one optimizer step."""
-    return config.train.batch_size_per_gpu * config.train.accumulation_steps * get_world_size()
+def global_batch_size(config: Config, world_size: int | None = None) -> int:
+    """Images in one optimizer step of `world_size` processes, or of as many as there are."""
+    processes = get_world_size() if world_size is None else world_size
+    return config.train.batch_size_per_gpu * config.train.accumulation_steps * processes
 
 
 def patch_grid(config: Config) -> tuple[int, int]:
@@ -61,25 +64,52 @@ def num_reconstructed(task: EquivarianceConfig) -> int:
     return task.num_intermediates if task.enabled and task.loss_weight > 0 else 0
 
 
+def uses_half_precision(config: Config, device: torch.device) -> bool:
+    """Whether networks run under bfloat16 autocast; weights, losses and optimizer stay float32."""
+    precision = config.compute_precision.dtype
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
 def build_arch(config: Config, device: torch.device) -> SSLMetaArch:
-    """Student, teacher and objectives on `device`, with the weights of `train.seed`."""
-    with torch.device("meta"):
-        student, teacher = _build_network(config, student=True), _build_network(config, student=False)
-        objectives = _build_objectives(config)
-    for name, module in {
-        **student,
-        **{f"objectives.{name}": objective for name, objective in objectives.items()},
-    }.items():
-        _materialize(module, device, f"{config.train.seed}.{name}")
-    for name, module in teacher.items():
-        _materialize(module, device, name)
+    """Student, teacher and objectives on `device`, with the weights of `train.seed`, spread over all processes.
+
+    On the meta device it is only the description of all that, for counting.
+
+    Raises:
+        ValueError: a strategy that does not fit the number of processes.
+    """
     loss_weights = {
         "dino": config.dino.loss_weight,
         "koleo": config.dino.koleo_loss_weight,
         "ibot": config.ibot.loss_weight,
         "reconstruction": config.equivariance.loss_weight,
     }
-    return SSLMetaArch(student, teacher, objectives, loss_weights)
+    with torch.device("meta"):
+        student, teacher = _build_network(config, student=True), _build_network(config, student=False)
+        arch = SSLMetaArch(student, teacher, _build_objectives(config), loss_weights)
+    if device.type == "meta":
+        return arch
+    parts = {**student, **{f"objectives.{name}": objective for name, objective in arch.objectives.items()}}
+    whole = {name: copy.deepcopy(part) for name, part in parts.items()}
+    policy = Policy(
+        config.fsdp.strategy,
+        config.fsdp.activation_checkpointing,
+        config.fsdp.compile,
+        uses_half_precision(config, device),
+    )
+    networks = [*student.values(), *teacher.values()]
+    parallelize([*networks, *(part for term in arch.objectives.values() for part in term.children())], policy, device)
+    arch.to_empty(device=device)
+    for parameter in arch.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    for buffer in arch.buffers():
+        buffer.zero_()
+    for name, part in parts.items():
+        make_state = partial(_initial_state, whole[name], f"{config.train.seed}.{name}")
+        load_full(part, make_state)
+        if name in teacher:
+            load_full(teacher[name], make_state)
+    return arch
 
 
 def _build_network(config: Config, *, student: bool) -> Network:
@@ -152,13 +182,13 @@ def _build_objectives(config: Config) -> dict[str, Objective]:
     return objectives
 
 
-def _materialize(module: nn.Module, device: torch.device, seed: str) -> None:
-    """Gives a module built on the meta device its memory and initial weights.
+def _initial_state(module: nn.Module, seed: str) -> dict[str, Tensor]:
+    """Initial weights of a module built on the meta device, on the CPU.
 
-    Every module draws from a seed of its own, so that it starts the same whatever else the run has. Weights that no
-    `init_weights` sets stay NaN and stop the run at its first step.
+    Every module draws from a seed of its own, so that it starts the same whatever else the run has and wherever it
+    runs. Weights that no `init_weights` sets stay NaN and stop the run at its first step.
     """
-    module.to_empty(device=device)
+    module.to_empty(device="cpu")
     for tensor in module.parameters():
         nn.init.constant_(tensor, torch.nan)
     for buffer in module.buffers():
@@ -167,6 +197,7 @@ def _materialize(module: nn.Module, device: torch.device, seed: str) -> None:
     for part in [module] if hasattr(module, "init_weights") else module.modules():
         if hasattr(part, "init_weights"):
             part.init_weights()
+    return module.state_dict()
 
 
 def build_optimizer(config: Config, arch: SSLMetaArch) -> torch.optim.AdamW:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dinov2_eq.fsdp import clip_grad_norm
 from dinov2_eq.types import StepOutput
 
 ADVICE = (
@@ -19,8 +20,12 @@ class NonFiniteError(FloatingPointError):
 
 
 def require_finite(output: StepOutput, step: int) -> None:
-    """Raises NonFiniteError with the names of the terms that are NaN or infinite."""
-    values = torch.stack([loss.detach().float() for loss in output.losses.values()])
+    """Raises NonFiniteError with the names of the terms that are NaN or infinite.
+
+    Args:
+        output: averaged over the processes, so that all of them stop when one of them meets a NaN.
+    """
+    values = torch.stack(list(output.losses.values()))
     if not values.isfinite().all():
         terms = dict(zip(output.losses, values.tolist(), strict=True))
         broken = ", ".join(f"{name} = {value}" for name, value in terms.items() if not math.isfinite(value))
@@ -34,7 +39,7 @@ def clip_gradients(modules: Mapping[str, nn.Module], clip_grad: float, step: int
         NonFiniteError: a gradient is NaN or infinite.
     """
     limit = clip_grad if clip_grad > 0 else float("inf")
-    norms = {name: nn.utils.clip_grad_norm_(module.parameters(), limit) for name, module in modules.items()}
+    norms = {name: clip_grad_norm(module.parameters(), limit) for name, module in modules.items()}
     if not torch.stack(list(norms.values())).isfinite().all():
         broken = [name for name, norm in norms.items() if not norm.isfinite()]
         raise NonFiniteError(f"The gradient of {', '.join(broken)} is not finite at step {step}; {ADVICE}")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from dinov2_eq.distributed import all_reduce_sum, get_world_size
 from dinov2_eq.types import StepOutput
 
 
@@ -18,6 +19,16 @@ def effective_rank(features: Tensor) -> Tensor:
     """
     singular = torch.linalg.svdvals(features.float())
     return torch.special.entr(singular / singular.sum().clamp(min=1e-12)).sum().exp()
+
+
+def average_over_processes(output: StepOutput) -> StepOutput:
+    """The numbers of one forward, detached and in float32, as means over all processes; the features are this one's."""
+    numbers = [output.total, *output.losses.values(), *output.metrics.values()]
+    means = all_reduce_sum(torch.stack([number.detach().float() for number in numbers])) / get_world_size()
+    total, *others = means.unbind()
+    losses = dict(zip(output.losses, others, strict=False))
+    metrics = dict(zip(output.metrics, others[len(losses) :], strict=True))
+    return StepOutput(total, losses, metrics, output.teacher_cls)
 
 
 class StepMeter:
@@ -47,9 +58,10 @@ class StepMeter:
         self._started += time.perf_counter() - began
 
     def add(self, output: StepOutput, num_images: int) -> None:
-        self._sums["total_loss"] += output.total.detach()
+        """Notes one forward of `num_images` images; see `average_over_processes`."""
+        self._sums["total_loss"] += output.total
         for name, loss in output.losses.items():
-            self._sums[f"loss/{name}"] += loss.detach()
+            self._sums[f"loss/{name}"] += loss
         for name, value in output.metrics.items():
             self._sums[name] += value
         self._teacher_cls = output.teacher_cls

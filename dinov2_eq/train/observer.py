@@ -93,7 +93,7 @@ def build_observer(
     actions: dict[Callable[[int], Mapping[str, float] | None], int] = {}
     if knn:
         actions[lambda done: knn.measure(arch.teacher["backbone"], device)] = evaluation.knn_period_steps
-    if evaluation.sample_period_steps > 0 and is_main_process():
+    if evaluation.sample_period_steps > 0:
         samples = _build_samples(config, folder, dataset, device)
 
         def write_samples(done: int) -> None:

@@ -4,11 +4,12 @@ import logging
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dinov2_eq.config.schema import Config, CropsConfig, EvaluationConfig
 from dinov2_eq.data.datasets import ImageDataset, build_dataset, require_labels
 from dinov2_eq.data.loaders import fixed_subset, make_eval_loader
+from dinov2_eq.distributed import gather_rows, get_rank, get_world_size
 from dinov2_eq.probes.features import extract_features
 from dinov2_eq.probes.knn import knn_accuracy
 
@@ -50,19 +51,26 @@ class OnlineKnn:
         return dataset, fixed_subset(len(dataset), max_images)
 
     def measure(self, backbone: nn.Module, device: torch.device) -> dict[str, float]:
-        """Top-1 in per cent, under the name it is logged with."""
-        (train_features, train_labels), (val_features, val_labels) = (
-            extract_features(
-                backbone,
-                make_eval_loader(dataset, indices, self.crops.global_crops_size, BATCH_SIZE, self.num_workers),
-                mean=self.crops.mean,
-                std=self.crops.std,
-                device=device,
-                mode="cls",
-                half_precision=self.half_precision,
-            )
-            for dataset, indices in (self.train, self.val)
-        )
-        accuracies = knn_accuracy(train_features, train_labels, val_features, val_labels, ks=[self.k])
+        """Top-1 in per cent, under the name it is logged with; all processes must call it."""
+        train, val = (self._features(backbone, device, *subset) for subset in (self.train, self.val))
+        accuracies = knn_accuracy(*train, *val, ks=[self.k])
         logger.info("k-NN top-1 %.2f %%", accuracies[self.k]["top1"])
         return {"eval/knn_top1": accuracies[self.k]["top1"]}
+
+    def _features(
+        self, backbone: nn.Module, device: torch.device, dataset: ImageDataset, indices: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """Features [n, D] and labels [n] of all images; each process computes as many as any other, then all share."""
+        world_size = get_world_size()
+        share = -(-len(indices) // world_size)
+        own = np.resize(indices, (world_size, share))[get_rank()]  # begins anew where the images run out
+        features, labels = extract_features(
+            backbone,
+            make_eval_loader(dataset, own, self.crops.global_crops_size, BATCH_SIZE, self.num_workers),
+            mean=self.crops.mean,
+            std=self.crops.std,
+            device=device,
+            mode="cls",
+            half_precision=self.half_precision,
+        )
+        return gather_rows(features)[: len(indices)], gather_rows(labels)[: len(indices)]

@@ -11,6 +11,7 @@ from torch import nn
 from dinov2_eq.config.load import load_config, to_dict, to_yaml
 from dinov2_eq.config.schema import Config
 from dinov2_eq.distributed import is_main_process
+from dinov2_eq.fsdp import full_state
 from dinov2_eq.logging import describe_run
 
 CONFIG = "config.yaml"
@@ -25,11 +26,9 @@ PRODUCTS = (
     "eval",
     "results_eval_*.json",
 )
-# What a checkpoint holds or implies: the optimizer's groups, and the place in the stream of samples.
+# What a checkpoint holds or implies: the optimizer's groups, and the stream of samples.
 FIXED = (
     "train.seed",
-    "train.batch_size_per_gpu",
-    "train.accumulation_steps",
     "optim.layerwise_decay",
     "optim.patch_embed_lr_mult",
     "optim.adamw_beta1",
@@ -42,7 +41,7 @@ logger = logging.getLogger(__name__)
 def set_aside(folder: Path) -> None:
     """Moves whatever an earlier run left in the folder to `previous-<n>/` in it."""
     found = [path for pattern in PRODUCTS for path in folder.glob(pattern)]
-    if not found or not is_main_process():
+    if not found:
         return
     number = 1 + len(list(folder.glob("previous-*")))
     previous = folder / f"previous-{number}"
@@ -84,13 +83,13 @@ def describe(folder: Path, config: Config, device: torch.device) -> None:
 
 
 def write_teacher(folder: Path, teacher: nn.Module, config: Config, step: int) -> None:
-    """Writes `eval/training_<step>/teacher_checkpoint.pth`, which carries its config."""
+    """Writes `eval/training_<step>/teacher_checkpoint.pth`, which carries its config; all processes must call it."""
+    weights = full_state(teacher)
     if not is_main_process():
         return
     path = folder / "eval" / f"training_{step}" / "teacher_checkpoint.pth"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".writing")
-    weights = {name: tensor.cpu() for name, tensor in teacher.state_dict().items()}
     torch.save({"teacher": weights, "config": to_dict(config), "step": step}, temporary)
     os.replace(temporary, path)
     logger.info("wrote %s", path)

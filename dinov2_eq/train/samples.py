@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2_eq.distributed import is_main_process
 from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
 from dinov2_eq.types import CollatedBatch, ViewBatch
 
@@ -48,6 +49,7 @@ class SampleWriter:
 
     @torch.no_grad()
     def write(self, arch: SSLMetaArch, step: int) -> None:
+        """All processes take part, as each may hold a part of the networks; the main one writes."""
         arrays = dict(self.arrays)
         if "reconstruction" in arch.objectives:
             arch.eval()
@@ -55,6 +57,8 @@ class SampleWriter:
             size = self.views.global_crops.shape[-2:]
             arrays["reconstructions"] = self._pixels(arch.objectives["reconstruction"].reconstruct(student, size))
             arch.train()
+        if not is_main_process():
+            return
         self.folder.mkdir(exist_ok=True)
         np.savez_compressed(self.folder / f"step_{step:07d}.npz", **arrays)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dinov2_eq.train.objectives.base import Objective
 from dinov2_eq.train.schedules import ScheduledValues
@@ -41,13 +42,12 @@ class SSLMetaArch(nn.Module):
     def __init__(
         self, student: Network, teacher: Network, objectives: Mapping[str, Objective], loss_weights: Mapping[str, float]
     ) -> None:
-        """`teacher` has the modules of `student` and starts equal to it, whatever its own weights were."""
+        """`teacher` has the modules of `student`, and should start with its weights."""
         super().__init__()
         self.student = student
         self.teacher = teacher
         self.objectives = nn.ModuleDict(objectives)
         self.loss_weights = dict(loss_weights)
-        self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self.train()
 
@@ -66,8 +66,8 @@ class SSLMetaArch(nn.Module):
     @torch.no_grad()
     def end_step(self, teacher_momentum: float) -> None:
         """After every optimizer step: teacher <- m * teacher + (1 - m) * student, and the centres move."""
-        for theirs, ours in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            theirs.lerp_(ours, 1 - teacher_momentum)
+        move_towards = get_ema_multi_avg_fn(teacher_momentum)
+        move_towards(list(self.teacher.parameters()), list(self.student.parameters()), None)
         for objective in self.objectives.values():
             objective.end_step()
 

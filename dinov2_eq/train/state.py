@@ -4,7 +4,6 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from dinov2_eq.checkpointer import Checkpointer
@@ -15,45 +14,45 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingState:
-    """Networks, centres, optimizer, random state and counters.
+    """Networks, centres, optimizer and counters, in the same form for any number of processes.
 
-    Order and augmentation of the images need no state: they follow from the step.
+    The place in the data, the schedules and all random numbers need no state: they follow from the step.
     """
 
     def __init__(
-        self, arch: SSLMetaArch, optimizer: torch.optim.Optimizer, corrupt: CorruptCounter, device: torch.device
+        self, arch: SSLMetaArch, optimizer: torch.optim.Optimizer, corrupt: CorruptCounter, global_batch_size: int
     ) -> None:
+        """`global_batch_size` images in each step: with the step it gives the place in the data."""
         self.arch = arch
         self.optimizer = optimizer
         self.corrupt = corrupt
-        self.device = device
+        self.global_batch_size = global_batch_size
 
-    def _state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.arch.state_dict(),
             "optimizer": get_optimizer_state_dict(self.arch, self.optimizer),
             "corrupt": self.corrupt.state_dict(),
-            "random": {"cpu": torch.get_rng_state(), **self._device_random_state()},
+            "global_batch_size": self.global_batch_size,
         }
 
-    def _device_random_state(self) -> dict[str, Tensor]:
-        return {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
-
-    def save(self, checkpointer: Checkpointer, step: int) -> None:
-        checkpointer.save(step, self._state())
-        logger.info("saved %s", checkpointer.folder / str(step))
-
     def load(self, checkpointer: Checkpointer, step: int) -> int:
-        """Fills everything from the checkpoint of `step`; returns the number of finished updates."""
-        state = self._state()
-        if "random.cuda" not in checkpointer.stored_names(step) and state["random"].pop("cuda", None) is not None:
-            logger.warning("the run began on a CPU: on a GPU it goes on, but stochastic depth draws anew")
+        """Fills everything from the checkpoint of `step`; returns the number of finished updates.
+
+        Raises:
+            ValueError: a checkpoint of another architecture, or of another global batch size.
+        """
+        state = self.state_dict()
         checkpointer.load(step, state)
+        before, now = state["global_batch_size"], self.global_batch_size
+        if before != now:
+            raise ValueError(
+                f"The run began with {before} images in each step, and this start has {now}: its place in the data "
+                "would be lost. Choose train.batch_size_per_gpu x train.accumulation_steps x processes = "
+                f"{before}, another --output-dir, or --no-resume"
+            )
         self.arch.load_state_dict(state["model"])
         set_optimizer_state_dict(self.arch, self.optimizer, state["optimizer"])
         self.corrupt.load_state_dict(state["corrupt"])
-        torch.set_rng_state(state["random"]["cpu"])
-        if "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
         logger.info("resumed from %s", checkpointer.folder / str(step))
         return step

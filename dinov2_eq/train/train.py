@@ -3,6 +3,7 @@
 import argparse
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -13,7 +14,10 @@ from dinov2_eq.config.schema import Config
 from dinov2_eq.data.corrupt import CorruptCounter
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.data.loaders import to_device
-from dinov2_eq.distributed import pick_device, require_one_process
+from dinov2_eq.data.seeding import Stream, seed_for
+from dinov2_eq.distributed import from_main_process, get_rank, get_world_size, pick_device
+from dinov2_eq.distributed.launch import find_launch, process_group
+from dinov2_eq.distributed.signals import StoppedBySignal, StopRequest
 from dinov2_eq.logging import check_writable, setup_logging
 from dinov2_eq.train import run_folder
 from dinov2_eq.train.build import (
@@ -23,11 +27,13 @@ from dinov2_eq.train.build import (
     build_optimizer,
     build_schedules,
     build_train_loader,
+    global_batch_size,
     num_reconstructed,
+    uses_half_precision,
 )
 from dinov2_eq.train.estimate import plan
 from dinov2_eq.train.finite import clip_gradients, require_finite
-from dinov2_eq.train.meter import StepMeter
+from dinov2_eq.train.meter import StepMeter, average_over_processes
 from dinov2_eq.train.observer import build_observer
 from dinov2_eq.train.online_knn import build_online_knn
 from dinov2_eq.train.param_groups import apply_schedule
@@ -65,41 +71,51 @@ def main(argv: Sequence[str] | None = None) -> None:
         do_train(config, args.output_dir, resume=not args.no_resume)
 
 
-def uses_half_precision(config: Config, device: torch.device) -> bool:
-    """Whether networks run under bfloat16 autocast; weights, losses and optimizer stay float32."""
-    precision = config.compute_precision.dtype
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
-
-
 def do_train(config: Config, output_dir: Path, *, resume: bool = True) -> None:
     """Trains to `optim.steps`, from the newest checkpoint of `output_dir` where there is one.
+
+    Every process that a launcher started calls it; see `distributed.launch`. When another process is lost, this one
+    ends with code 5; see `distributed.heartbeat`.
 
     Raises:
         ValueError: config, data or checkpoint that cannot be used.
         OSError: `output_dir` cannot be written.
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those before that step.
+        StoppedBySignal: SIGTERM or SIGUSR2 reached a process; the state is saved.
     """
-    require_one_process()
-    check_writable(output_dir)
-    setup_logging(output_dir)
-    device = pick_device(config.train.device)
+    launch = find_launch()
+    device = pick_device(config.train.device, launch.local_rank)
+    with StopRequest() as stop, process_group(launch, device, config.train.lost_rank_timeout_s):
+        check_writable(output_dir)
+        setup_logging(output_dir)
+        folder = output_dir / run_folder.CHECKPOINTS
+        kept, kept_for_ever = config.train.keep_checkpoints, config.train.keep_checkpoint_every_steps
+        with closing(Checkpointer(folder, kept, kept_for_ever)) as checkpointer:
+            _train(config, output_dir, device, checkpointer, stop, resume)
+
+
+def _train(
+    config: Config,
+    output_dir: Path,
+    device: torch.device,
+    checkpointer: Checkpointer,
+    stop: StopRequest,
+    resume: bool,
+) -> None:
     half_precision = uses_half_precision(config, device)
-    dataset = build_dataset(config.train.dataset_path)
-    knn = build_online_knn(config, half_precision)
+    dataset = from_main_process(lambda: build_dataset(config.train.dataset_path))
+    knn = from_main_process(lambda: build_online_knn(config, half_precision))
     arch = build_arch(config, device)
     optimizer = build_optimizer(config, arch)
     schedules = build_schedules(config)
     corrupt = CorruptCounter(config.train.max_corrupt_share)
-    torch.manual_seed(config.train.seed)  # of stochastic depth, the only thing that draws from torch's own generator
-
+    state = TrainingState(arch, optimizer, corrupt, global_batch_size(config))
     if not resume:
-        run_folder.set_aside(output_dir)
-    checkpointer = Checkpointer(output_dir / run_folder.CHECKPOINTS, config.train.keep_checkpoints)
-    state = TrainingState(arch, optimizer, corrupt, device)
+        from_main_process(lambda: run_folder.set_aside(output_dir))
     newest = checkpointer.newest_whole()
     start = 0
     if newest is not None:
-        run_folder.require_same_run(output_dir, config)
+        from_main_process(lambda: run_folder.require_same_run(output_dir, config))
         start = state.load(checkpointer, newest)
     if start >= config.optim.steps:
         logger.info("this run is finished: step %d of optim.steps=%d", start, config.optim.steps)
@@ -116,6 +132,7 @@ def do_train(config: Config, output_dir: Path, *, resume: bool = True) -> None:
     accumulation_steps = config.train.accumulation_steps
     meter = StepMeter()
     for step in range(start, config.optim.steps):
+        torch.manual_seed(seed_for(Stream.DROP_PATH, config.train.seed, step, get_rank()))
         scheduled = schedules.at(step)
         apply_schedule(optimizer.param_groups, scheduled)
         optimizer.zero_grad()
@@ -126,18 +143,27 @@ def do_train(config: Config, output_dir: Path, *, resume: bool = True) -> None:
             views = make_views(to_device(batch, device))
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half_precision):
                 output = arch(views, scheduled)
-            require_finite(output, step)
-            meter.add(output, config.train.batch_size_per_gpu)
+            means = average_over_processes(output)
+            require_finite(means, step)
+            meter.add(means, config.train.batch_size_per_gpu * get_world_size())
             (output.total / accumulation_steps).backward()
         meter.end_step(clip_gradients(arch.trainable_modules(), config.optim.clip_grad, step))
         optimizer.step()
         arch.end_step(scheduled.teacher_momentum)
 
         done = step + 1
-        observer.after_step(done, meter, {**scheduled._asdict(), "corrupt_images": corrupt.num_corrupt})
-        if done % config.train.checkpoint_period_steps == 0 or done == config.optim.steps:
+        signum = stop.agreed(device)
+        saves = done % config.train.checkpoint_period_steps == 0 or done == config.optim.steps or signum
+        if saves or done % config.train.log_period_steps == 0:
+            corrupt.check()
+        if saves:
             with meter.paused():
-                state.save(checkpointer, done)
+                checkpointer.save(done, state.state_dict())
+        observer.after_step(done, meter, {**scheduled._asdict(), "corrupt_images": corrupt.num_corrupt})
+        if signum and done < config.optim.steps:
+            checkpointer.wait()
+            raise StoppedBySignal(signum, done)
+    checkpointer.wait()
     observer.close()
     logger.info("finished: %d steps in %s", config.optim.steps, output_dir)
 

@@ -1,10 +1,12 @@
 import logging
 
 import pytest
+import torch.distributed as dist
 from PIL import Image
 
 from dinov2_eq.data.corrupt import MAX_IN_A_ROW, CorruptCounter, read_or_next
 from dinov2_eq.data.datasets import DataError, build_dataset
+from tests.processes import run_ranks
 
 
 def make_folder(root, num_images, broken):
@@ -44,21 +46,61 @@ def test_counter_names_each_once(caplog):
 
 def test_counter_stops_above_the_share_but_not_early():
     counter = CorruptCounter(0.01)
-    counter.add(["a.png", "b.png"], 50)  # 4 %, but of 52
-    counter.add([], 148)  # 2 of 200
+    counter.add(["a.png", "b.png"], 50)
+    counter.check()  # 4 %, but of 52
+    counter.add([], 148)
+    counter.check()  # 2 of 200
+    counter.add(["c.png"], 50)
     with pytest.raises(DataError, match=r"3 of 251 .*train.max_corrupt_share=0.01.*a.png, b.png, c.png"):
-        counter.add(["c.png"], 50)
+        counter.check()
+
+
+def test_counter_may_be_checked_now_and_then():
+    counter = CorruptCounter(0.5)
+    for number in range(4):
+        counter.add([f"{number}.png"], 50)
+    assert counter.num_corrupt == 0
+    counter.check()
+    counter.check()
+    assert counter.state_dict() == {"num_read": 200, "num_corrupt": 4}
 
 
 def test_counter_tolerates_nothing_at_share_0_and_all_at_1():
-    CorruptCounter(1.0).add([str(number) for number in range(500)], 0)
+    tolerant, strict = CorruptCounter(1.0), CorruptCounter(0.0)
+    tolerant.add([str(number) for number in range(500)], 0)
+    tolerant.check()
+    strict.add(["a.png"], 99)
     with pytest.raises(DataError):
-        CorruptCounter(0.0).add(["a.png"], 99)
+        strict.check()
 
 
 def test_counter_goes_on_after_a_resume():
     counter, resumed = CorruptCounter(0.01), CorruptCounter(0.01)
     counter.add(["a.png", "b.png"], 298)
+    counter.check()
     resumed.load_state_dict(counter.state_dict())
+    resumed.add(["c.png", "d.png"], 0)
     with pytest.raises(DataError, match="4 of 302"):
-        resumed.add(["c.png", "d.png"], 0)
+        resumed.check()
+
+
+def count_on_one_of_several_ranks():
+    dist.init_process_group("gloo")
+    counter = CorruptCounter(0.005)
+    counter.add([], 100)
+    counter.check()
+    counter.add(["bad.png", "worse.png"] if dist.get_rank() == 1 else [], 50)
+    try:
+        counter.check()
+    except DataError as error:
+        return str(error), counter.state_dict()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_all_processes_stop_together_with_the_same_message():
+    ranks = run_ranks(count_on_one_of_several_ranks, 2)
+    assert ranks[0] == ranks[1]
+    message, state = ranks[0]
+    assert "2 of 302 images" in message and "bad.png, worse.png" in message
+    assert state == {"num_read": 300, "num_corrupt": 2}

@@ -1,13 +1,18 @@
 """The stream of batches does not depend on workers, processes, accumulation or interruptions."""
 
+import io
 import pickle
+import tarfile
 from itertools import islice
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
+from dinov2_eq.data import samplers
 from dinov2_eq.data.augmentations import MultiCrop
 from dinov2_eq.data.datasets import DataError, build_dataset
 from dinov2_eq.data.loaders import fixed_subset, make_eval_loader, make_train_loader, to_device
@@ -121,6 +126,45 @@ def test_loader_parts_are_picklable_for_spawned_workers():
     loader = train_loader()
     for part in (loader.dataset, loader.collate_fn, loader.worker_init_fn, loader.sampler):
         pickle.loads(pickle.dumps(part))
+
+
+@pytest.fixture(params=["WebDataset", "Parquet"])
+def packed(request, tmp_path, monkeypatch):
+    """24 images, number n in the colour (n, 0, 0), in 4 tar files or in 8 row groups that are dealt in 3 windows."""
+    monkeypatch.setattr(samplers, "WINDOW_CHUNKS", 2)
+    monkeypatch.setattr(samplers, "WINDOW_IMAGES", 8)
+    encoded = []
+    for number in range(24):
+        buffer = io.BytesIO()
+        Image.new("RGB", (20, 20), (number, 0, 0)).save(buffer, format="PNG")
+        encoded.append(buffer.getvalue())
+    if request.param == "Parquet":
+        pq.write_table(pa.table({"image": encoded}), tmp_path / "a.parquet", row_group_size=3)
+        return build_dataset(f"Parquet:path={tmp_path}")
+    for shard in range(4):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for number in range(6 * shard, 6 * shard + 6):
+                member = tarfile.TarInfo(f"{number:04d}.png")
+                member.size = len(encoded[number])
+                tar.addfile(member, io.BytesIO(encoded[number]))
+    return build_dataset(f"WebDataset:urls={tmp_path}/{{0..3}}.tar")
+
+
+def test_packed_data_give_one_stream_however_they_are_read(packed):
+    arguments = {"dataset": packed, "global_batch_size": 12}
+    whole = take(12, batch_size=4, **arguments)
+    numbers = torch.cat([batch.anchor_crops[:, 0, 0, 0] for batch in whole]).tolist()
+    assert sorted(numbers[:24]) == sorted(numbers[24:]) == list(range(24))
+    assert numbers[:24] != numbers[24:]
+    assert_same(whole, take(12, batch_size=4, num_workers=2, **arguments))
+    for world_size, num_workers in ((2, 2), (3, 0)):
+        ranks = [
+            take(24 // world_size, batch_size=2, rank=rank, world_size=world_size, num_workers=num_workers, **arguments)
+            for rank in range(world_size)
+        ]
+        assert_same(whole, [batch for together in zip(*ranks, strict=True) for batch in together])
+    for start in (1, 5, 7):
+        assert_same(whole[start:], take(12 - start, batch_size=4, start_position=4 * start, **arguments))
 
 
 def test_batch_sizes_must_fit():

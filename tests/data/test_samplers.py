@@ -1,9 +1,12 @@
 from itertools import islice
 
+import numpy as np
 import pytest
+import torch
 
+from dinov2_eq.data import samplers
 from dinov2_eq.data.datasets import DataError
-from dinov2_eq.data.samplers import StreamSampler
+from dinov2_eq.data.samplers import WINDOW_CHUNKS, WINDOW_IMAGES, StreamSampler, draw_order
 
 
 def take(count, **changes):
@@ -48,3 +51,67 @@ def test_a_batch_may_be_larger_than_the_dataset():
 def test_an_empty_dataset_is_refused():
     with pytest.raises(DataError, match="empty"):
         StreamSampler(0, 0, 4, 0, 1)
+
+
+# chunks
+
+
+def order_of(num_images, chunk_ends, seed=0):
+    return draw_order(num_images, chunk_ends, torch.Generator().manual_seed(seed))
+
+
+def test_data_without_chunks_or_of_less_than_two_windows_are_shuffled_as_a_whole():
+    expected = torch.randperm(1000, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(order_of(1000, None, seed=3), expected)
+    assert torch.equal(order_of(1000, np.arange(10, 1001, 10), seed=3), expected)
+    few_chunks = np.array([500, 2 * WINDOW_IMAGES])
+    assert torch.equal(
+        order_of(2 * WINDOW_IMAGES, few_chunks, seed=3),
+        torch.randperm(2 * WINDOW_IMAGES, generator=torch.Generator().manual_seed(3)),
+    )
+
+
+def test_windows_keep_chunks_together_and_mix_them():
+    sizes = np.random.default_rng(0).integers(0, 2000, 400)  # some are empty
+    ends = sizes.cumsum()
+    num_images = int(ends[-1])
+    num_windows = num_images // WINDOW_IMAGES
+    assert num_windows >= 5
+    order = order_of(num_images, ends).numpy()
+    assert (np.sort(order) == np.arange(num_images)).all()
+    chunks = np.searchsorted(ends, order, side="right")
+
+    # Every chunk lies within one window, and windows have about as many chunks each.
+    span = np.array([np.ptp(np.flatnonzero(chunks == chunk)) for chunk in np.flatnonzero(sizes)])
+    assert span.max() < 1.3 * num_images / num_windows
+    # Inside, an image's place tells nothing about its chunk: neighbours share one as seldom as chance has it.
+    middle = chunks[WINDOW_IMAGES // 4 : WINDOW_IMAGES // 2]  # inside the first window
+    assert len(set(middle)) > 3 * WINDOW_CHUNKS
+    shares = np.bincount(middle) / len(middle)
+    assert (middle[1:] == middle[:-1]).mean() == pytest.approx((shares**2).sum(), rel=0.15)
+    batches = middle[: len(middle) // 512 * 512].reshape(-1, 512)
+    assert min(len(set(batch)) for batch in batches) > 0.75 * len(set(middle))
+    # The windows themselves are drawn anew in each pass, from anywhere in the data.
+    other = np.searchsorted(ends, order_of(num_images, ends, seed=1).numpy(), side="right")
+    assert abs(np.corrcoef(order, np.arange(num_images))[0, 1]) < 0.15
+    assert set(other[: WINDOW_IMAGES // 2]) != set(chunks[: WINDOW_IMAGES // 2])
+
+
+def test_chunks_change_neither_passes_nor_world_size_nor_resume(monkeypatch):
+    monkeypatch.setattr(samplers, "WINDOW_CHUNKS", 2)
+    monkeypatch.setattr(samplers, "WINDOW_IMAGES", 8)
+    chunks = {"num_images": 48, "chunk_ends": np.arange(3, 49, 3)}
+    whole = take(96, **chunks, local_batch_size=12)
+    for first in (0, 48):
+        assert sorted(index for _, index in whole[first : first + 48]) == list(range(48))
+    assert whole != take(96, num_images=48, local_batch_size=12)
+    for world_size in (2, 3):
+        share = 12 // world_size
+        ranks = [
+            take(96 // world_size, **chunks, rank=rank, world_size=world_size, local_batch_size=share)
+            for rank in range(world_size)
+        ]
+        dealt = {position: index for stream in ranks for position, index in stream}
+        assert sorted(dealt.items()) == whole
+    for start in (1, 47, 50):
+        assert take(96 - start, **chunks, local_batch_size=12, start_position=start) == whole[start:]

@@ -174,12 +174,6 @@ def test_resume_with_a_changed_setting(tmp_path, caplog):
     assert "optim.base_lr was 0.001, now 0.0001" in log and "optim.steps was 2, now 3" in log
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(ValueError, match="8 processes were launched, but this version trains in one"):
-        do_train(tiny_config(), tmp_path)
-
-
 def test_resume_with_another_architecture(tmp_path):
     do_train(tiny_config("optim.steps=3"), tmp_path)
     with pytest.raises(ValueError, match=r"is of another architecture: \d+ of \d+ tensors differ.*--no-resume"):

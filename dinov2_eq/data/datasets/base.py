@@ -26,6 +26,8 @@ class ImageDataset(ABC):
     labels: np.ndarray | None = None  # [len] int64, 0 .. num_classes - 1
     class_names: list[str] | None = None
     labels_hint = "Use a labelled dataset, such as ImageFolder:root=..."  # what to do where `labels` is None
+    # Where images can only be read many at once, [num_chunks] int64: the first index after each such chunk.
+    chunk_ends: np.ndarray | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...

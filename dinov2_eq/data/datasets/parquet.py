@@ -29,6 +29,8 @@ class Parquet(ImageDataset):
         label: column with whole numbers, or with strings, which become ranks; by default `label`, if there is one.
 
     A row is reached by decoding its row group; row groups are kept up to `CACHE_BYTES`, so small files stay in memory.
+    Training deals the rows of a row group near each other (`chunk_ends`), so that a node fetches large files once a
+    pass and not once a row.
     """
 
     labels_hint = "Name the label column: Parquet:path=...:label=..."
@@ -38,17 +40,18 @@ class Parquet(ImageDataset):
         self._image_column = image
         self._cache: OrderedDict[int, pa.Array] = OrderedDict()
         self._cached_bytes = 0
+        # Kept, because a file with many row groups takes longer to describe than to read one of them.
+        self._metadata = [self._check_file(file, label) for file in self._files]
         groups: list[tuple[int, int]] = []
         rows, image_bytes = [], []
-        for number, file in enumerate(self._files):
-            metadata = self._check_file(file, label)
+        for number, metadata in enumerate(self._metadata):
             for group in range(metadata.num_row_groups):
                 row_group = metadata.row_group(group)
                 groups.append((number, group))
                 rows.append(row_group.num_rows)
                 image_bytes.append(row_group.total_byte_size)
         self._groups = np.array(groups)  # [num_groups, 2]: file, row group in it
-        self._ends = np.cumsum(rows)  # first row after each group
+        self.chunk_ends = np.cumsum(rows)
         if not len(self):
             raise DataError(f"{path} has no rows")
         if sum(image_bytes) > CACHE_BYTES and np.mean(image_bytes) > LARGE_ROW_GROUP_BYTES:
@@ -97,12 +100,12 @@ class Parquet(ImageDataset):
         self.labels = values.to_numpy().astype(np.int64)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self.chunk_ends[-1]) if len(self.chunk_ends) else 0
 
     def _locate(self, index: int) -> tuple[int, int]:
         """(group, row in it)"""
-        group = int(np.searchsorted(self._ends, index, side="right"))
-        return group, index - (int(self._ends[group - 1]) if group else 0)
+        group = int(np.searchsorted(self.chunk_ends, index, side="right"))
+        return group, index - (int(self.chunk_ends[group - 1]) if group else 0)
 
     def name(self, index: int) -> str:
         group, row = self._locate(index)
@@ -123,7 +126,7 @@ class Parquet(ImageDataset):
             return self._cache[group]
         file, group_in_file = self._groups[group]
         # Single-threaded: Arrow's threads do not survive the fork of a worker.
-        with pq.ParquetFile(self._files[file], memory_map=True) as parquet:
+        with pq.ParquetFile(self._files[file], metadata=self._metadata[file], memory_map=True) as parquet:
             table = parquet.read_row_group(int(group_in_file), columns=[self._image_column], use_threads=False)
         images = table[self._image_column].combine_chunks()
         self._cache[group] = images

@@ -1,0 +1,30 @@
+"""What a worker process of a data loader does before its first sample."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+
+import torch
+
+
+def init_worker(worker_id: int) -> None:
+    """One thread for each worker, of which there are as many as there is work for; signals are the main process's.
+
+    A scheduler sends its signals to all processes of a job. The main process decides what to do about them, and needs
+    its workers until it has done so.
+    """
+    torch.set_num_threads(1)
+    if sys.platform == "linux":
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+
+
+def _end_when_the_parent_says_so() -> None:
+    """A SIGTERM of the main process must end the worker: by it, Python closes the workers that are left at its end."""
+    parent = multiprocessing.parent_process()
+    while parent is not None and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)

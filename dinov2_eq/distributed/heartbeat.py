@@ -1,0 +1,133 @@
+"""A process that dies or hangs ends the run on all others, in bounded time and by name."""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+EXIT_CODE = 5
+PERIOD_S = 2.0
+GRACE_S = 10.0  # how long the others may take to notice by themselves what one process has noticed
+
+
+class Loss(NamedTuple):
+    """Which process is lost, and a sentence about it."""
+
+    rank: int
+    text: str
+
+
+class Heartbeat:
+    """Every process counts up in a store that all share; the main process watches the others, and they watch it.
+
+    A context manager around the run. When another process is lost, the log says which and this process ends with code
+    5: from a thread, as the main thread may be waiting in a collective that will never finish. When the code inside
+    the context raises on one process alone, the others are told why and end too.
+    """
+
+    def __init__(self, rank: int, world_size: int, host: str, port: int, silence_limit_s: float) -> None:
+        self.rank = rank
+        self.others = [other for other in range(world_size) if other != rank]
+        self.watched = self.others if rank == 0 else [0]
+        self.silence_limit_s = silence_limit_s
+        # A connection of its own: one shared with the process group is blocked while a collective is set up.
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=silence_limit_s))
+        self._store = dist.PrefixStore("heartbeat", store)
+        self._count = 0
+        self._seen: dict[int, tuple[bytes, float]] = {}  # count of each watched process, and when it last changed
+        self._complained_s: float | None = None  # when this process first saw a complaint
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> "Heartbeat":
+        self._name = f"process {self.rank} (host {socket.gethostname()}, pid {os.getpid()})"
+        self._store.set(f"name/{self.rank}", self._name)
+        self._beat()
+        dist.barrier()
+        self._names = {rank: self._store.get(f"name/{rank}").decode() for rank in self.watched}
+        if self.others:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if not self.others:
+            return
+        if error is None:
+            dist.barrier()
+        else:
+            self._complain(error)
+        if isinstance(error, RuntimeError):
+            # Most likely a collective that failed because another process is gone. The watch will name that one and
+            # end this process, or find that the fault is this process's own.
+            self._thread.join()
+        self._leaving.set()
+        self._store.set(f"left/{self.rank}", "")
+        if self.rank == 0:  # it may be the host of the store that the others still ask
+            deadline = time.monotonic() + GRACE_S
+            while time.monotonic() < deadline and not self._store.check([f"left/{rank}" for rank in self.others]):
+                time.sleep(PERIOD_S / 10)
+
+    def _beat(self) -> None:
+        self._count += 1
+        self._store.set(f"count/{self.rank}", str(self._count))
+
+    def _complain(self, error: BaseException) -> None:
+        """Tells the others, who end unless they leave by themselves for the same reason."""
+        text = f"{self._name} stopped: {type(error).__name__}: {error}"
+        self._store.compare_set("complaint", "", json.dumps(Loss(self.rank, text)))  # the first complaint stays
+
+    def _watch(self) -> None:
+        while not self._leaving.wait(PERIOD_S):
+            try:
+                self._beat()
+                loss = self._find_loss()
+            except dist.DistError:
+                loss = Loss(0, f"{self._names[self.watched[0]]} hosts the connection of all, and no longer answers")
+            if loss is None or self._leaving.is_set():
+                continue
+            if loss.rank == self.rank:
+                return  # the main thread has the error in hand
+            logger.error("%s. This process ends; start the run again, it goes on from its newest checkpoint", loss.text)
+            self._leave_at_once()
+
+    def _find_loss(self) -> Loss | None:
+        if self._store.check(["loss"]):
+            return Loss(*json.loads(self._store.get("loss")))
+        now = time.monotonic()
+        complaint = None
+        if self._store.check(["complaint"]):
+            complaint = Loss(*json.loads(self._store.get("complaint")))
+            self._complained_s = self._complained_s or now
+        # A process that complains is alive; a silent one explains the complaint.
+        limit = self.silence_limit_s if complaint is None else GRACE_S
+        for rank, count in zip(
+            self.watched, self._store.multi_get([f"count/{rank}" for rank in self.watched]), strict=True
+        ):
+            last_count, since = self._seen.setdefault(rank, (count, now))
+            if count != last_count:
+                self._seen[rank] = (count, now)
+            elif now - since > limit and (complaint is None or complaint.rank != rank):
+                return self._announce(Loss(rank, f"{self._names[rank]} has been silent for {now - since:.0f} s"))
+        if complaint is not None:
+            left = self._store.check([f"left/{complaint.rank}"])  # then the fault was its own
+            if now - self._complained_s > (PERIOD_S if left else 2 * GRACE_S):
+                return self._announce(complaint)
+        return None
+
+    def _announce(self, loss: Loss) -> Loss:
+        self._store.set("loss", json.dumps(loss))
+        return loss
+
+    def _leave_at_once(self) -> None:
+        try:
+            self._store.set(f"left/{self.rank}", "")
+        finally:
+            os._exit(EXIT_CODE)
