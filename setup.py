@@ -34,6 +34,7 @@ setup(
         "omegaconf",
         "submitit",
         "numpy",
+        "packaging",
         "pillow",
         "kornia",
         "pyarrow",

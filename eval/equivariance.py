@@ -73,15 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     started = time.perf_counter()
     setup_logging()
-    device = pick_device(args.device)
     folder = results_folder(args.pretrained_weights, args.output_dir)
-    check_writable(folder)
     train_dataset, val_dataset = build_dataset(args.train_dataset), build_dataset(args.val_dataset)
     encoders = {"trained": load_encoder(args.pretrained_weights, args.config_file)}
-    if args.random_init:
-        encoders["random-init"] = random_encoder(encoders["trained"], RANDOM_SEED)
-    for encoder in encoders.values():
-        encoder.backbone.to(device)
     size = encoders["trained"].image_size
     ranges = {
         "max_angle_deg": args.max_angle_deg,
@@ -97,6 +91,15 @@ def main(argv: list[str] | None = None) -> None:
                 f"Task {task} has an empty range, from {transform.low.tolist()} to {transform.high.tolist()}"
             )
     settings = [setting for task, transform in tasks.items() for setting in settings_of(task, transform, size)]
+    if args.dry_run:
+        logger.info("dry run: weights, data and flags can be used")
+        return
+    check_writable(folder)
+    device = pick_device(args.device)
+    if args.random_init:
+        encoders["random-init"] = random_encoder(encoders["trained"], RANDOM_SEED)
+    for encoder in encoders.values():
+        encoder.backbone.to(device)
 
     def pairs_of(
         split: str, dataset: ImageDataset, max_images: int, draws: int

@@ -57,13 +57,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.temperature <= 0:
         raise ValueError(f"--temperature must be positive, got {args.temperature}; DINOv2 uses 0.07")
     setup_logging()
-    device = pick_device(args.device)
     folder = results_folder(args.pretrained_weights, args.output_dir)
-    check_writable(folder)
     datasets = {data_string: build_dataset(data_string) for data_string in (args.train_dataset, args.val_dataset)}
     for dataset in datasets.values():
         require_labels(dataset, "k-NN")
     encoder = load_encoder(args.pretrained_weights, args.config_file)
+    if args.dry_run:
+        logger.info("dry run: weights, data and flags can be used")
+        return
+    check_writable(folder)
+    device = pick_device(args.device)
     encoder.backbone.to(device)
 
     def features_of(data_string: str) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,7 @@ def evaluation_parser(prog: str, description: str | None, batch_size: int) -> ar
     parser.add_argument("--num-workers", type=int, default=5, help="processes that read images; 0: this one")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU, if any")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast of the backbone")
+    parser.add_argument("--dry-run", action="store_true", help="look for weights and data, and exit")
     return parser
 
 
@@ -62,6 +63,7 @@ def protocol_of(args: argparse.Namespace, device: torch.device, started: float) 
     Args:
         started: `time.perf_counter()` at the start.
     """
-    flags = {name: value for name, value in vars(args).items() if name not in ("pretrained_weights", "output_dir")}
+    left_out = ("pretrained_weights", "output_dir", "dry_run")
+    flags = {name: value for name, value in vars(args).items() if name not in left_out}
     seconds = round(time.perf_counter() - started, 1)
     return {**flags, "device": str(device), "environment": describe_run(device), "seconds": seconds}

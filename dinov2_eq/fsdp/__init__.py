@@ -77,13 +77,15 @@ def parallelize(modules: Iterable[nn.Module], policy: Policy, device: torch.devi
     # Backbones return views of their tokens, which torch warns of for the sake of in-place writes; there are none here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = _make_mesh(policy.strategy, device) if is_distributed() else None
-    compiles = policy.compile and _can_compile(device)
+    obstacle = why_compile_fails(device) if policy.compile else ""
+    if obstacle:
+        logger.warning("fsdp.compile=true cannot be used here, blocks run eagerly: %s", obstacle)
     for module in (called for given in modules for called in _called(given)):
         blocks = [part for part in module.modules() if isinstance(part, Block)]
         for block in blocks:
             if policy.activation_checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-            if compiles:
+            if policy.compile and not obstacle:
                 block.forward = torch.compile(block.forward)
         if mesh is not None:
             frozen = not any(parameter.requires_grad for parameter in module.parameters())
@@ -128,6 +130,8 @@ def _make_mesh(name: str, device: torch.device) -> DeviceMesh:
 
 def load_full(module: nn.Module, make_state: Callable[[], dict[str, Tensor]]) -> None:
     """Fills a module, sharded or not, with a whole state dict that the main process makes and the others receive."""
+    if not module.state_dict():
+        return
     if not is_distributed():
         module.load_state_dict(make_state())
         return
@@ -153,8 +157,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 @cache
-def _can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here, tried once on something tiny; the log says why not."""
+def why_compile_fails(device: torch.device) -> str:
+    """The first line of what goes wrong when torch.compile is tried on something tiny, or "" where it works."""
 
     def probe(x: Tensor) -> Tensor:
         return torch.nn.functional.gelu(x) * 2
@@ -162,6 +166,5 @@ def _can_compile(device: torch.device) -> bool:
     try:
         torch.compile(probe)(torch.ones(8, device=device, requires_grad=True)).sum().backward()
     except Exception as error:  # a missing compiler, an unsupported GPU, a broken cache: all mean "not here"
-        logger.warning("fsdp.compile=true cannot be used here, blocks run eagerly: %s", str(error).splitlines()[0])
-        return False
-    return True
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""

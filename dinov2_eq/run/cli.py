@@ -5,11 +5,14 @@ import sys
 from collections.abc import Sequence
 
 from dinov2_eq import __version__
+from dinov2_eq.run.outcome import exit_code
 
 COMMANDS = {
     "train": ("dinov2_eq.train.train", "pretrain a backbone"),
+    "submit": ("dinov2_eq.run.submit", "run train, knn or equivariance as a job on SLURM, or in processes here"),
     "eval knn": ("dinov2_eq.eval.knn", "k-NN classification with frozen features"),
     "eval equivariance": ("dinov2_eq.eval.equivariance", "how well frozen features tell how an image was transformed"),
+    "doctor": ("dinov2_eq.tools.doctor", "what this machine, its network and a config need before a run"),
     "report": ("dinov2_eq.tools.report", "one HTML page about one or several runs"),
 }
 
@@ -55,21 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         name, rest = find_command(argv)
         importlib.import_module(COMMANDS[name][0]).main(rest)
-    except InterruptedError as stop:
-        print(f"dinov2-eq: {stop}", file=sys.stderr)
-        return 4
-    except (ValueError, OSError) as error:
-        print(f"dinov2-eq: {_words(error)}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"dinov2-eq: {error}", file=sys.stderr)
-        return 3
+    except Exception as error:
+        return exit_code(error)
     return 0
-
-
-def _words(error: Exception) -> str:
-    """The message alone: torch puts the whole traceback of a data-loading process in front of it."""
-    return str(error).rpartition(f"{type(error).__name__}: ")[2]
 
 
 if __name__ == "__main__":

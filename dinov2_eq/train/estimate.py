@@ -1,74 +1,174 @@
-"""What a run will take, before it starts: `dinov2-eq train --dry-run`."""
+"""What a run will take, before it starts: `dinov2-eq train --dry-run`.
+
+Memory is counted from the modules and from what autograd keeps of each operation. tests/train/test_estimate.py measures
+the same on a CPU.
+"""
 
 from collections.abc import Mapping
 
 from torch import nn
 
 from dinov2_eq.config.schema import Config
-from dinov2_eq.train.build import global_batch_size, num_reconstructed
+from dinov2_eq.equivariance.decoders import DECODERS
+from dinov2_eq.fsdp import STRATEGIES
+from dinov2_eq.layers.block import Block
+from dinov2_eq.layers.dino_head import DINOHead
+from dinov2_eq.layers.swiglu_ffn import SwiGLUFFN
+from dinov2_eq.train.build import global_batch_size, num_reconstructed, patch_grid
 from dinov2_eq.train.schedules import scaled_lr
 from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
 
-FLOAT_BYTES = 4
-# Activations that autograd keeps for one token in one block, in units of the embedding size: two norms and their
-# inputs, q, k, v, the attention's output, and the MLP's hidden layer before and after its activation.
-KEPT_PER_TOKEN_AND_BLOCK = 17
+GIB = 1024**3
+FLOAT_BYTES, HALF_BYTES = 4, 2
+# What a block keeps of a token beside its feed-forward layer, in units of the embedding size: both norms' inputs and
+# outputs, q, k, v, what attention gives (in each group of crops, and in all), and the inputs of both LayerScales.
+KEPT_BESIDE_FFN = 11
+# What a decoder keeps beside its inputs, in units of its width: for each pixel, or for each patch beside its blocks.
+CONV_KEPT_PER_PIXEL = 0.55
+CROSS_ATTENTION_KEPT_PER_PATCH = 6
+UNITS = (Block, DINOHead, *DECODERS.values())
 
 
 def count_parameters(modules: Mapping[str, nn.Module]) -> dict[str, int]:
     return {name: sum(parameter.numel() for parameter in module.parameters()) for name, module in modules.items()}
 
 
-def estimate_memory(config: Config, arch: SSLMetaArch, half_precision: bool) -> dict[str, float]:
-    """Memory of one process in GiB: exact for weights and optimizer, about +-30 % for activations."""
+def estimate_memory(
+    config: Config, arch: SSLMetaArch, half_precision: bool, world_size: int = 1, nodes: int = 1
+) -> dict[str, float]:
+    """Memory of one of `world_size` processes on `nodes` nodes, in GiB, at the end of the forward pass.
+
+    The parts are "weights and optimizer" (exact), "gathered weights" (what sharded or bfloat16 computation needs beside
+    the stored ones), "backbone", "heads" and "decoders" (what autograd keeps, within 15 %), "logits" (what passes by
+    before they are probabilities), and "total". The driver's context, nccl's buffers and the allocator's gaps come on
+    top: leave a tenth free.
+    """
+    compute_bytes = HALF_BYTES if half_precision else FLOAT_BYTES
+    parts = {
+        **_weights(config, arch, compute_bytes, world_size, nodes),
+        "backbone": _backbone(config, arch, compute_bytes),
+        **_heads(config, arch, compute_bytes),
+        "decoders": _decoders(config, arch, compute_bytes),
+    }
+    return {name: size / GIB for name, size in parts.items()} | {"total": sum(parts.values()) / GIB}
+
+
+def _weights(config: Config, arch: SSLMetaArch, compute_bytes: int, world_size: int, nodes: int) -> dict[str, float]:
     trainable = sum(count_parameters(arch.trainable_modules()).values())
     teacher = sum(parameter.numel() for parameter in arch.teacher.parameters())
-    state = FLOAT_BYTES * (trainable * 4 + teacher)  # weights, gradients, two moments of AdamW; the teacher's weights
+    stored = FLOAT_BYTES * (trainable * 4 + teacher)  # weights, gradients, two moments of AdamW; the teacher's weights
+    if world_size == 1 or config.fsdp.strategy == "none":  # nothing is gathered; autocast keeps what it has converted
+        converted = compute_bytes * trainable if compute_bytes < FLOAT_BYTES else 0
+        return {"weights and optimizer": stored, "gathered weights": converted}
+    strategy = STRATEGIES[config.fsdp.strategy]
+    _, shards = strategy.mesh_shape(world_size, world_size // nodes)
+    # Two units are under way at any time, one in use and one in transit; their gradients are summed in float32.
+    under_way = 2 * largest_unit(arch)
+    gathered = under_way if strategy.reshard else trainable
+    return {
+        "weights and optimizer": stored / shards,
+        "gathered weights": compute_bytes * gathered + FLOAT_BYTES * under_way,
+    }
 
-    crops, student, batch = config.crops, config.student, config.train.batch_size_per_gpu
-    backbone = arch.student["backbone"]
+
+def largest_unit(arch: SSLMetaArch) -> int:
+    """Parameters of the largest block, head or decoder: what is gathered at once."""
+    units = (module for module in arch.modules() if isinstance(module, UNITS))
+    return max(sum(parameter.numel() for parameter in unit.parameters()) for unit in units)
+
+
+def tokens_per_image(config: Config) -> int:
+    """Tokens of all crops of one image that the student sees."""
+    crops, student = config.crops, config.student
+    rows, columns = patch_grid(config)
+    local = (crops.local_crops_size // student.patch_size) ** 2
     extra = 1 + student.num_register_tokens
-    patches = (crops.global_crops_size // student.patch_size) ** 2
-    tokens = 2 * (patches + extra)
-    tokens += crops.local_crops_number * ((crops.local_crops_size // student.patch_size) ** 2 + extra)
-    activation_bytes = 2 if half_precision else FLOAT_BYTES
-    activations = batch * tokens * backbone.n_blocks * KEPT_PER_TOKEN_AND_BLOCK * backbone.embed_dim * activation_bytes
-
-    masked = config.ibot.mask_sample_probability * sum(config.ibot.mask_ratio_min_max) / 2 * 2 * batch * patches
-    rows = batch * (2 + crops.local_crops_number) * bool(config.dino.loss_weight) + masked * bool(
-        config.ibot.loss_weight
-    )
-    heads = rows * config.dino.head_n_prototypes * (activation_bytes + 2 * FLOAT_BYTES)
-
-    pixels = num_reconstructed(config.equivariance) * batch * crops.global_crops_size**2
-    decoders = pixels * config.equivariance.decoder_dim / 8 * 2 * activation_bytes  # the widest maps are the last ones
-
-    gib = 1024**3
-    parts = {"weights and optimizer": state, "backbone": activations, "heads": heads, "decoders": decoders}
-    return {name: size / gib for name, size in parts.items()} | {"total": sum(parts.values()) / gib}
+    return 2 * (rows * columns + extra) + crops.local_crops_number * (local + extra)
 
 
-def plan(config: Config, arch: SSLMetaArch, num_images: int, half_precision: bool) -> str:
+def kept_per_token(block: Block, compute_bytes: int) -> float:
+    """Bytes that autograd keeps for one token in one block, which sees a token only where it does not drop it."""
+    dim, ffn = block.norm1.normalized_shape[0], block.mlp
+    # SwiGLU keeps gate and value, the gate after its activation, and the product; an MLP what is before and after GELU.
+    ffn_width = 4 * ffn.w3.in_features if isinstance(ffn, SwiGLUFFN) else 2 * ffn.fc2.in_features
+    values, inputs = KEPT_BESIDE_FFN * dim + ffn_width, 2 * dim  # the inputs of the norms stay in float32
+    if block.drop_path_rate > 0:  # the outputs of both branches, before they are scaled up
+        values, inputs = values + 2 * dim, inputs + 2 * dim
+    return (1 - block.drop_path_rate) * (compute_bytes * values + (FLOAT_BYTES - compute_bytes) * inputs)
+
+
+def _backbone(config: Config, arch: SSLMetaArch, compute_bytes: int) -> float:
+    backbone = arch.student["backbone"]
+    kept = [kept_per_token(block, compute_bytes) for block in backbone.blocks]
+    if config.fsdp.activation_checkpointing:  # the inputs of all blocks, and everything of the one at work
+        per_token = FLOAT_BYTES * backbone.embed_dim * len(kept) + max(kept)
+    else:
+        per_token = sum(kept)
+    return config.train.batch_size_per_gpu * tokens_per_image(config) * per_token
+
+
+def _heads(config: Config, arch: SSLMetaArch, compute_bytes: int) -> dict[str, float]:
+    """Log-probabilities of the student, probabilities of the teacher, both in float32; the MLP; prototypes' weights."""
+    batch = config.train.batch_size_per_gpu
+    rows, columns = patch_grid(config)
+    masked = config.ibot.mask_sample_probability * sum(config.ibot.mask_ratio_min_max) / 2 * 2 * batch * rows * columns
+    rows_of = {"dino": (batch * (2 + config.crops.local_crops_number), 2 * batch), "ibot": (masked, masked)}
+    kept, passing = 0.0, 0.0
+    for name, (student_rows, teacher_rows) in rows_of.items():
+        if name not in arch.objectives:
+            continue
+        head = arch.student["ibot_head" if name == "ibot" and "ibot_head" in arch.student else "dino_head"]
+        prototypes, bottleneck = head.last_layer.weight_v.shape
+        linears = [layer for layer in head.mlp.modules() if isinstance(layer, nn.Linear)]
+        widths = sum(layer.in_features + layer.out_features for layer in linears)
+        kept += FLOAT_BYTES * prototypes * (student_rows + teacher_rows)
+        kept += compute_bytes * widths * student_rows + (FLOAT_BYTES + compute_bytes) * prototypes * bottleneck
+        # Until the log-softmax is there: the logits as they come, in float32, and divided by the temperature.
+        passing = max(passing, (compute_bytes + 2 * FLOAT_BYTES) * prototypes * student_rows)
+    return {"heads": kept, "logits": passing}
+
+
+def _decoders(config: Config, arch: SSLMetaArch, compute_bytes: int) -> float:
+    task, batch = config.equivariance, config.train.batch_size_per_gpu
+    rows, columns = patch_grid(config)
+    if not num_reconstructed(task):
+        return 0.0
+    values = 2 * task.equivariant_dim  # the tokens of both views
+    if task.decoder == "conv":
+        values += CONV_KEPT_PER_PIXEL * task.decoder_dim * config.student.patch_size**2
+        kept = compute_bytes * values
+    else:
+        values += CROSS_ATTENTION_KEPT_PER_PATCH * task.decoder_dim
+        blocks = arch.objectives["reconstruction"].decoders[0].blocks
+        kept = compute_bytes * values + sum(kept_per_token(block, compute_bytes) for block in blocks)
+    return num_reconstructed(task) * batch * rows * columns * kept
+
+
+def plan(
+    config: Config, arch: SSLMetaArch, num_images: int, half_precision: bool, world_size: int = 1, nodes: int = 1
+) -> str:
     """Text for a person: batch, learning rate, length, parameters, memory."""
-    batch = global_batch_size(config)
+    batch = global_batch_size(config, world_size)
     images = batch * config.optim.steps
     lr = scaled_lr(config.optim.base_lr, config.optim.scaling_rule, batch)
     parameters = count_parameters(arch.trainable_modules())
-    memory = estimate_memory(config, arch, half_precision)
+    memory = estimate_memory(config, arch, half_precision, world_size, nodes)
     per_process, accumulated = config.train.batch_size_per_gpu, config.train.accumulation_steps
-    processes = batch // (per_process * accumulated)
+    strategy = f", fsdp.strategy={config.fsdp.strategy} on {nodes} nodes" if world_size > 1 else ""
     lines = [
-        f"effective batch    {batch} images: {per_process} a forward, {accumulated} forwards, {processes} processes",
+        f"effective batch    {batch} images: {per_process} a forward, {accumulated} forwards, {world_size} processes"
+        + strategy,
         f"learning rate      {lr:.3g} (base_lr {config.optim.base_lr:g}, {config.optim.scaling_rule})",
         f"steps              {config.optim.steps}, {config.optim.warmup_steps} of them warm-up",
         f"images seen        {images:,}, {images / num_images:.2f} passes over {num_images:,} images",
         f"parameters         {sum(parameters.values()):,} trained: "
         + ", ".join(f"{name} {count:,}" for name, count in parameters.items()),
-        f"memory estimate    {_size(memory['total'])} per process: "
-        + ", ".join(f"{name} {_size(size)}" for name, size in memory.items() if name != "total"),
+        f"memory estimate    {size_text(memory['total'])} per process: "
+        + ", ".join(f"{name} {size_text(size)}" for name, size in memory.items() if name != "total"),
     ]
     return "\n".join(lines)
 
 
-def _size(gib: float) -> str:
+def size_text(gib: float) -> str:
+    """For a person: "1.5 GiB", or "300 MiB"."""
     return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"

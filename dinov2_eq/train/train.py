@@ -15,7 +15,7 @@ from dinov2_eq.data.corrupt import CorruptCounter
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.data.loaders import to_device
 from dinov2_eq.data.seeding import Stream, seed_for
-from dinov2_eq.distributed import from_main_process, get_rank, get_world_size, pick_device
+from dinov2_eq.distributed import from_main_process, get_local_world_size, get_rank, get_world_size, pick_device
 from dinov2_eq.distributed.launch import find_launch, process_group
 from dinov2_eq.distributed.signals import StoppedBySignal, StopRequest
 from dinov2_eq.logging import check_writable, setup_logging
@@ -122,7 +122,9 @@ def _train(
         return
     run_folder.describe(output_dir, config, device)
     precision = "bfloat16 autocast" if half_precision else "float32"
-    logger.info("%s, %s\n%s", device, precision, plan(config, arch, len(dataset), half_precision))
+    processes, nodes = get_world_size(), get_world_size() // get_local_world_size()
+    what = plan(config, arch, len(dataset), half_precision, processes, nodes)
+    logger.info("%s, %s\n%s", device, precision, what)
 
     observer = build_observer(config, output_dir, arch, dataset, knn, device, half_precision, start)
     if start == 0:

@@ -1,0 +1,79 @@
+"""What `dinov2-eq submit` finds out before a job waits for hours in order to fail."""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dinov2_eq.config.load import load_config, to_yaml
+from dinov2_eq.data.datasets import build_dataset
+from dinov2_eq.evaluation.results import results_folder
+from dinov2_eq.run.cli import COMMANDS
+from dinov2_eq.run.job import START_AGAIN
+from dinov2_eq.train.build import build_arch, build_multi_crop, uses_half_precision
+from dinov2_eq.train.estimate import estimate_memory, plan
+from dinov2_eq.train.online_knn import build_online_knn
+
+USABLE_MEMORY = 0.9  # share of a GPU's memory that an estimate may fill
+
+
+class Resources(NamedTuple):
+    nodes: int
+    gpus_per_node: int
+    tasks_per_node: int
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+
+class Checked(NamedTuple):
+    """A command that will run."""
+
+    argv: list[str]
+    config: str | None  # text for the file that --config-file must name in `argv`; None: `argv` is complete
+    output_dir: Path
+    summary: str  # for a person
+    dry_run: bool  # the check is all that was wanted
+
+
+def check_training(argv: Sequence[str], resources: Resources, gpu_memory: float | None) -> Checked:
+    """Resolves the config and builds from it what takes no memory.
+
+    Args:
+        gpu_memory: GiB of each GPU; None: any.
+
+    Raises:
+        ValueError, OSError: the run cannot work.
+    """
+    args = importlib.import_module(COMMANDS["train"][0]).build_parser().parse_intermixed_args(argv)
+    config = load_config(args.config_file, args.overrides)
+    if args.output_dir is None:
+        raise ValueError("--output-dir is missing: name the folder that the run writes to")
+    on_gpu = resources.gpus_per_node > 0 and config.train.device != "cpu"
+    half_precision = uses_half_precision(config, torch.device("cuda" if on_gpu else "cpu"))
+    arch = build_arch(config, torch.device("meta"))
+    build_multi_crop(config)
+    build_online_knn(config, half_precision)
+    num_images = len(build_dataset(config.train.dataset_path))
+    summary = plan(config, arch, num_images, half_precision, resources.world_size, resources.nodes)
+    needed = estimate_memory(config, arch, half_precision, resources.world_size, resources.nodes)["total"]
+    if gpu_memory is not None and needed > USABLE_MEMORY * gpu_memory:
+        raise ValueError(
+            f"A process needs about {needed:.1f} GiB, more than {USABLE_MEMORY:.0%} of --gpu-memory {gpu_memory:g}. "
+            "Lower train.batch_size_per_gpu and raise train.accumulation_steps, set fsdp.activation_checkpointing=true "
+            f"or use more GPUs\n{summary}"
+        )
+    job_argv = ["train", "--output-dir", str(args.output_dir), *([START_AGAIN] if args.no_resume else [])]
+    return Checked(job_argv, to_yaml(config), args.output_dir, summary, args.dry_run)
+
+
+def check_evaluation(command: str, argv: Sequence[str]) -> Checked:
+    """Lets the evaluation check itself, and raises what it raises."""
+    module = importlib.import_module(COMMANDS[command][0])
+    module.main([*argv, "--dry-run"])
+    args = module.build_parser().parse_args(argv)
+    output_dir = results_folder(args.pretrained_weights, args.output_dir)
+    return Checked([*command.split(), *argv], None, output_dir, f"{command}: weights and data are there", args.dry_run)

@@ -1,0 +1,172 @@
+"""`dinov2-eq submit`: checks a command, copies code and settings, and queues it on SLURM or starts it on this host."""
+
+import argparse
+import importlib
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from submitit.core.utils import JobPaths
+
+from dinov2_eq.evaluation.command_line import positive
+from dinov2_eq.logging import check_writable
+from dinov2_eq.run.cli import COMMANDS
+from dinov2_eq.run.executors import copy_code, queue_on_slurm, slurm_executor, start_on_this_host
+from dinov2_eq.run.job import Job
+from dinov2_eq.run.precheck import Resources, check_evaluation, check_training
+
+# What can be submitted: NAME on the command line -> the command.
+PROGRAMS = {name.removeprefix("eval "): name for name in COMMANDS if name == "train" or name.startswith("eval ")}
+GPUS_PER_NODE = 8
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dinov2-eq submit",
+        description="Check a command, and queue it on SLURM or start it on this host.",
+        epilog="All other flags and key=value are the command's own, see 'dinov2-eq train --help'; %%j in them is the "
+        "number of the job. With its --dry-run everything is checked, and nothing queued.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", choices=PROGRAMS, metavar="NAME", help=", ".join(PROGRAMS))
+    add = parser.add_argument_group("where and how long").add_argument
+    add("--cluster", choices=("slurm", "local", "debug"), help="local: this host; debug: this process")
+    add("--partition", metavar="TEXT", help="default: the cluster's own")
+    add("--nodes", "--nnodes", type=positive, default=1, metavar="N", help="default: 1")
+    add(
+        *("--gpus-per-node", "--gpus", "--ngpus"),
+        type=int,
+        metavar="N",
+        help=f"a process for each; default: {GPUS_PER_NODE}, with --cluster local all, for an evaluation 1",
+    )
+    add("--tasks-per-node", type=positive, metavar="N", help="processes, where --gpus-per-node is 0; default: 1")
+    add("--cpus-per-task", type=positive, default=10, metavar="N", help="cores of each process; default: 10")
+    add("--mem-gb", type=int, default=0, metavar="GB", help="main memory of each node; default: all of it")
+    add("--gpu-memory", type=float, metavar="GIB", help="of each GPU; training that needs more is refused")
+    add("--timeout", type=positive, default=2800, metavar="MIN", help="then it is requeued; default: 2800")
+    add("--signal-delay", type=positive, default=120, metavar="S", help="seconds before that to save; default: 120")
+    add("--max-requeues", type=int, default=30, metavar="N", help="after that many timeouts it fails; default: 30")
+    add("--exclude", metavar="NODES", help="nodes not to use")
+    add("--comment", metavar="TEXT")
+    add("--job-name", metavar="TEXT", help="default: dinov2-eq-NAME")
+    add(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="KEY[=VALUE]",
+        help="any other parameter of sbatch, repeatable: qos=high, constraint=volta32gb, gres=gpu:8, exclusive",
+    )
+    add("--print-sbatch", action="store_true", help="print the script for sbatch, and queue nothing")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, rest = build_parser().parse_known_args(argv)
+    command = PROGRAMS[args.name]
+    cluster = "slurm" if args.print_sbatch else choose_cluster(args.cluster)
+    resources = choose_resources(args, command, cluster)
+    if command == "train":
+        checked = check_training(rest, resources, args.gpu_memory)
+    else:
+        checked = check_evaluation(command, rest)
+    # %j is not known yet: what is written now goes to the last folder before it.
+    known_folder = JobPaths.get_first_id_independent_folder(checked.output_dir)
+    folder = known_folder / "submitit" / time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
+    executor = slurm_executor(folder, args.max_requeues, slurm_parameters(args, resources))
+    if args.print_sbatch:
+        print(executor.script())
+        return
+    print(checked.summary)
+    if checked.dry_run:
+        return
+    check_writable(known_folder)
+    if cluster == "debug":
+        importlib.import_module(COMMANDS[command][0]).main([argument.replace("%j", "debug") for argument in rest])
+        return
+    try:
+        copy_code(folder)
+        job_argv = checked.argv
+        if checked.config is not None:
+            (folder / "config.yaml").write_text(checked.config)
+            job_argv = [*job_argv, "--config-file", str(folder / "config.yaml")]
+        job = Job(job_argv, os.getcwd())
+        if cluster == "slurm":
+            print(queue_on_slurm(executor, job))
+        else:
+            print(start_on_this_host(folder, args.max_requeues, local_parameters(args, resources), job))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def choose_cluster(name: str | None) -> str:
+    """Raises ValueError where SLURM is asked for and is not here."""
+    has_slurm = shutil.which("sbatch") is not None
+    if name == "slurm" and not has_slurm:
+        raise ValueError("--cluster slurm: sbatch is not on PATH; load the module of SLURM, or use --cluster local")
+    if name is None:
+        name = "slurm" if has_slurm else "local"
+        print(f"--cluster {name}, as sbatch is {'' if has_slurm else 'not '}on PATH")
+    return name
+
+
+def choose_resources(args: argparse.Namespace, command: str, cluster: str) -> Resources:
+    """Raises ValueError where the flags contradict each other, the command or this host."""
+    gpus_here = torch.cuda.device_count()
+    one_process = command != "train" or cluster == "debug"
+    gpus = args.gpus_per_node
+    if gpus is None:
+        gpus = GPUS_PER_NODE if cluster == "slurm" else gpus_here
+        gpus = min(gpus, 1) if one_process else gpus
+    tasks = args.tasks_per_node or max(gpus, 1)
+    if gpus and tasks != gpus:
+        raise ValueError(
+            f"--tasks-per-node {tasks}: each of the {gpus} GPUs of a node gets one process; leave the flag out, or "
+            "give --gpus-per-node 0 for processes without a GPU"
+        )
+    if one_process and args.nodes * tasks > 1:
+        what = f"--cluster {cluster}" if command == "train" else command
+        raise ValueError(f"{what} runs in one process, not in {args.nodes * tasks}; use --nodes 1 --gpus-per-node 1")
+    if cluster != "slurm" and args.nodes > 1:
+        raise ValueError(f"--nodes {args.nodes}: --cluster {cluster} is this host alone; use --nodes 1, or SLURM")
+    if cluster != "slurm" and gpus > gpus_here:
+        raise ValueError(f"--gpus-per-node {gpus}: torch sees {gpus_here} GPUs on this host")
+    return Resources(args.nodes, gpus, tasks)
+
+
+def slurm_parameters(args: argparse.Namespace, resources: Resources) -> dict[str, Any]:
+    """What `submitit.SlurmExecutor` is told; --slurm goes before other flags."""
+    own: dict[str, str | bool] = {"requeue": True}  # allowed at once where it is not by default, and after a lost node
+    for parameter in args.slurm:
+        key, has_value, value = parameter.partition("=")
+        own[key.replace("-", "_")] = value if has_value else True
+    parameters = {
+        "job_name": args.job_name or f"dinov2-eq-{args.name}",
+        "partition": args.partition,
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.tasks_per_node,
+        "cpus_per_task": args.cpus_per_task,
+        "time": args.timeout,
+        "signal_delay_s": args.signal_delay,
+        "exclude": args.exclude,
+        "comment": args.comment,
+        "additional_parameters": own,
+    }
+    if resources.gpus_per_node and not any(key.startswith(("gres", "gpus")) for key in own):
+        parameters["gpus_per_node"] = resources.gpus_per_node
+    if not any(key.startswith("mem") for key in own):
+        parameters["mem"] = f"{args.mem_gb}G"
+    return {key: value for key, value in parameters.items() if value is not None}
+
+
+def local_parameters(args: argparse.Namespace, resources: Resources) -> dict[str, Any]:
+    """What `submitit.LocalExecutor` is told."""
+    return {
+        "tasks_per_node": resources.tasks_per_node,
+        "gpus_per_node": resources.gpus_per_node,
+        "timeout_min": args.timeout,
+        "signal_delay_s": args.signal_delay,
+    }

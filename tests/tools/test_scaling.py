@@ -1,0 +1,108 @@
+"""The page about scaling says what the tool computes, and the tool computes what the formulas say."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dinov2_eq.models import ARCHS
+from dinov2_eq.tools import scaling
+
+ROOT = Path(__file__).parents[2]
+RESULTS = json.loads((ROOT / "docs/results/scaling.json").read_text())
+MODELS = {model["name"]: model for model in RESULTS["models"]}
+
+
+def test_the_page_has_the_tables_of_the_results():
+    page = (ROOT / "docs/scaling.md").read_text()
+    assert page.split(scaling.BEGIN)[1].split(scaling.END)[0].strip() == scaling.tables(RESULTS)
+    assert "Nothing on this page ran on a GPU" in page
+
+
+@pytest.mark.parametrize("name", ["ViT-L/16, task", "ViT-g/14, task"])
+def test_the_results_are_of_this_code(name):
+    model, stored = {**scaling.count(name), **scaling.measure_block(name)}, MODELS[name]
+    assert model["parameters"] == stored["parameters"] and model["config"] == stored["config"]
+    assert model["flops_per_image"] == pytest.approx(stored["flops_per_image"], rel=0.01)
+    kept = "kept_bytes_per_token_and_block"
+    assert model[kept] == pytest.approx(stored[kept], rel=0.01)
+    for row in RESULTS["runs"]:
+        if row["model"] == name:
+            again = scaling.run(model, row["gpus"], row["global_batch"])
+            assert again == {
+                **row,
+                **{key: pytest.approx(row[key], rel=0.01) for key in row if type(row[key]) is float},
+            }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_operations_are_about_two_for_each_weight_and_token(name):
+    """And twice that in the backward pass; attention between the tokens and the patches' convolution come on top."""
+    model, arch = MODELS[name], {"ViT-L": ARCHS["vit_large"], "ViT-g": ARCHS["vit_giant2"]}[name[:5]]
+    per_block = 12 * arch.embed_dim**2
+    kept = 0.6 if "g/14" in name else 0.7  # by stochastic depth
+    expected = 2 * per_block * arch.depth * model["tokens_per_image"] * kept
+    counted = model["flops_per_image"]
+    assert expected < counted["student forward"] < 1.1 * expected
+    assert counted["student backward"] == pytest.approx(2 * counted["student forward"], rel=0.01)
+    assert counted["total"] == pytest.approx(sum(value for part, value in counted.items() if part != "total"), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_formula_keeps_what_autograd_keeps(name):
+    model = MODELS[name]
+    assert model["kept_bytes_by_formula"] == pytest.approx(model["kept_bytes_per_token_and_block"], rel=0.02)
+
+
+def test_the_largest_batch_fits_and_one_more_does_not():
+    [row] = [
+        row
+        for row in RESULTS["largest_batch"]
+        if (row["model"], row["gpus"], row["checkpointing"]) == ("ViT-L/16", 8, False)
+    ]
+    limit = 0.9 * 80e9 / 1024**3
+    fits, too_many = (scaling.memory("ViT-L/16", row["h100"] + more, 8, "grad_op")["total"] for more in (0, 1))
+    assert fits <= limit < too_many
+
+
+def test_what_each_strategy_sends():
+    model = MODELS["ViT-L/16"]
+    trained, teacher = sum(model["parameters"].values()), model["teacher_parameters"]
+    alone = scaling.communication(model, "grad_op", 1)
+    assert alone["seconds"] == 0
+    sent = {strategy: scaling.communication(model, strategy, 64) for strategy in ("ddp", "grad_op", "full", "hybrid")}
+    assert [sent["ddp"][key] for key in ("gathered_bytes", "scattered_bytes")] == [0, 0]
+    assert sent["ddp"]["all_reduced_bytes"] == 8 * trained == 8 * sent["hybrid"]["all_reduced_bytes"]
+    assert sent["grad_op"]["gathered_bytes"] == 2 * (trained + teacher)
+    assert sent["full"]["gathered_bytes"] == sent["hybrid"]["gathered_bytes"] == 2 * (2 * trained + teacher)
+    # 64 processes on 8 nodes of 8 adapters: each node passes on all but its own part.
+    wire = (2 * (trained + teacher) + 4 * trained) * 63 / 64 / (400e9 * 0.7)
+    latency = 3 * model["units"] * 6 * 10e-6
+    assert sent["grad_op"]["seconds"] == pytest.approx(wire + latency)
+    within_a_node = scaling.communication(model, "grad_op", 8)
+    assert within_a_node["seconds"] < sent["grad_op"]["seconds"]
+
+
+@pytest.mark.parametrize("row", RESULTS["runs"], ids=lambda row: f"{row['model']}-{row['gpus']}-{row['global_batch']}")
+def test_runs_add_up(row):
+    assert row["batch"] * row["accumulation"] * row["gpus"] == row["global_batch"]
+    assert row["memory_gib"] < 0.9 * 80e9 / 1024**3
+    assert row["steps"] * row["global_batch"] == 125000 * 2048
+    step = row["accumulation"] * max(row["computing_s"], row["sending_s"]) + row["update_s"]
+    assert row["images_per_second"] == pytest.approx(row["global_batch"] / step, rel=2e-3)
+    assert row["hours"] == pytest.approx(row["steps"] * step / 3600, rel=2e-3)
+
+
+def test_the_tool_writes_results_and_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, "MODELS", {"tiny": ("debug", ["train.num_workers=0"])})
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{scaling.BEGIN}\nold\n{scaling.END}\nafter\n")
+    scaling.main(["--output", str(tmp_path / "scaling.json"), "--document", str(page)])
+    results = json.loads((tmp_path / "scaling.json").read_text())
+    assert results["measured_on_a_gpu"] == "nothing" and len(results["runs"]) == len(scaling.RUNS)
+    text = page.read_text()
+    assert (
+        text.startswith(f"before\n{scaling.BEGIN}\n") and text.endswith(f"{scaling.END}\nafter\n") and "old" not in text
+    )
+    assert re.search(r"^\| tiny, 64 \|", text, re.MULTILINE)
