@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -198,10 +199,8 @@ class Checkpointer:
             ValueError: the tensors of `state["model"]` are not those that were saved (another architecture).
         """
         folder = self.folder / str(step)
-        stored = self._stored(step)
-        saved = {name: tuple(entry.size) for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
-        saved = {name: size for name, size in saved.items() if name.startswith("model.")}
-        wanted = {f"model.{name}": tuple(tensor.shape) for name, tensor in state["model"].items()}
+        saved = {name: tuple(entry.size) for name, entry in _stored_model(folder).items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in state["model"].items()}
         different = [name for name in sorted(saved.keys() | wanted.keys()) if saved.get(name) != wanted.get(name)]
         if different:
             examples = (f"{name}: {saved.get(name)} saved, {wanted.get(name)} in this config" for name in different[:3])
@@ -218,13 +217,6 @@ class Checkpointer:
                 f"Checkpoint {folder} does not fit this config: {reason}. Use the config that the run began with, "
                 "another --output-dir, or --no-resume"
             ) from None
-
-    def stored_names(self, step: int) -> set[str]:
-        """Names of everything that the checkpoint of `step` holds, nested names joined by dots."""
-        return set(self._stored(step))
-
-    def _stored(self, step: int) -> dict[str, Any]:
-        return dcp.FileSystemReader(self.folder / str(step)).read_metadata().state_dict_metadata
 
     def _look(self) -> list[int]:
         for leftover in sorted(self.folder.glob(f"*{TEMPORARY}")):
@@ -243,6 +235,24 @@ class Checkpointer:
             [damage for name, fingerprint in share if (damage := _compare(folder / name, fingerprint))]
         )
         return next((damage for damages in found for damage in damages), None)
+
+
+def read_model(folder: Path) -> dict[str, Tensor]:
+    """The whole tensors of `state["model"]` in one checkpoint folder, on the CPU; for one process by itself."""
+    model = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in _stored_model(folder).items()
+    }
+    dcp.load({"model": model}, checkpoint_id=folder, no_dist=True)
+    return model
+
+
+def _stored_model(folder: Path) -> dict[str, TensorStorageMetadata]:
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {
+        name.removeprefix("model."): entry
+        for name, entry in stored.items()
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
 
 
 class _Writer(dcp.FileSystemWriter):

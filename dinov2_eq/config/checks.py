@@ -72,6 +72,7 @@ INTERVALS = {
     "optim.weight_decay_end": "[0, inf)",
     "optim.clip_grad": "[0, inf)",
     "optim.freeze_last_layer_steps": "[0, inf)",
+    "optim.freeze_backbone_steps": "[0, inf)",
     "optim.patch_embed_lr_mult": "[0, inf)",
     "optim.layerwise_decay": "(0, 1]",
     "optim.adamw_beta1": "[0, 1)",
@@ -203,7 +204,12 @@ def _equivariance(config: Config) -> Iterator[str]:
 
 
 def _lengths(config: Config) -> Iterator[str]:
-    for key in ("optim.warmup_steps", "optim.freeze_last_layer_steps", "teacher.warmup_teacher_temp_steps"):
+    for key in (
+        "optim.warmup_steps",
+        "optim.freeze_last_layer_steps",
+        "optim.freeze_backbone_steps",
+        "teacher.warmup_teacher_temp_steps",
+    ):
         length = attrgetter(key)(config)
         if length > config.optim.steps:
             yield f"{key}={length} is more than optim.steps={config.optim.steps}; lower it, or train longer"

@@ -59,15 +59,14 @@ class EquivarianceConfig:
 
 @dataclass
 class FsdpConfig:
-    strategy: str = (
-        "grad_op"  # with several processes: ddp, full, grad_op, hybrid; see docs/slurm.md; none: refuse them
-    )
+    strategy: str = "grad_op"  # ddp, full, grad_op or hybrid, see docs/scaling.md; none: a single process only
     activation_checkpointing: bool = False  # compute each block again in the backward pass: less memory, more time
     compile: bool = False  # torch.compile of each block
 
 
 @dataclass
 class StudentConfig:
+    pretrained_weights: str = ""  # what training starts from, see docs/continue.md; empty: random weights
     arch: str = "vit_large"  # vit_tiny, vit_small, vit_base, vit_large, vit_giant2
     depth: int | None = None  # number of blocks; null: the architecture's own
     patch_size: int = 16
@@ -102,6 +101,7 @@ class OptimConfig:
     min_lr: float = 1.0e-6  # at the end (cosine), not scaled
     weight_decay: float = 0.04
     weight_decay_end: float = 0.4  # cosine
+    freeze_backbone_steps: int = 0  # the backbone keeps its weights that long, while new heads learn
     clip_grad: float = 3.0  # largest gradient norm of each module; 0: no clipping
     freeze_last_layer_steps: int = 1250  # the prototypes keep their initial values that long
     patch_embed_lr_mult: float = 0.2

@@ -136,7 +136,8 @@ def load_full(module: nn.Module, make_state: Callable[[], dict[str, Tensor]]) ->
         module.load_state_dict(make_state())
         return
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(module, make_state() if is_main_process() else {}, options=options)
+    state = dict(make_state()) if is_main_process() else {}  # a copy, as torch puts its shards in
+    set_model_state_dict(module, state, options=options)
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:

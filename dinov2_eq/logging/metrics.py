@@ -33,6 +33,14 @@ class MetricLogger:
         self._events.close()
 
 
+def first_value(folder: Path, name: str) -> list[float]:
+    """[the first value that was logged under `name`], or [] where there is none."""
+    path = folder / FILE_NAME
+    lines = path.read_text().splitlines() if path.exists() else []
+    values = (json.loads(line) for line in lines if _step_of(line) < float("inf"))
+    return [line[name] for line in values if name in line][:1]
+
+
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]

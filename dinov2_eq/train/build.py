@@ -3,7 +3,7 @@
 import copy
 import zlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from dinov2_eq.data.augmentations import MultiCrop, make_views
 from dinov2_eq.data.datasets import ImageDataset
 from dinov2_eq.data.loaders import make_train_loader
 from dinov2_eq.data.masking import BlockMasking
-from dinov2_eq.distributed import get_rank, get_world_size
+from dinov2_eq.distributed import get_rank, get_world_size, is_main_process
 from dinov2_eq.equivariance.decoders import build_decoder
 from dinov2_eq.equivariance.split import NoSplit, TokenSplit
 from dinov2_eq.equivariance.transforms import Transform, build_transform
@@ -28,6 +28,7 @@ from dinov2_eq.train.objectives.koleo import KoLeoObjective
 from dinov2_eq.train.objectives.reconstruction import ReconstructionObjective
 from dinov2_eq.train.objectives.targets import build_targets
 from dinov2_eq.train.param_groups import build_param_groups
+from dinov2_eq.train.pretrained import Parts, start_state
 from dinov2_eq.train.schedules import Schedules, scaled_lr
 from dinov2_eq.train.ssl_meta_arch import Network, SSLMetaArch
 from dinov2_eq.types import CollatedBatch, ViewBatch
@@ -70,10 +71,13 @@ def uses_half_precision(config: Config, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
-def build_arch(config: Config, device: torch.device) -> SSLMetaArch:
+def build_arch(config: Config, device: torch.device, read_weights: Callable[[], Parts] | None = None) -> SSLMetaArch:
     """Student, teacher and objectives on `device`, with the weights of `train.seed`, spread over all processes.
 
     On the meta device it is only the description of all that, for counting.
+
+    Args:
+        read_weights: gives weights to start from, by module; the main process calls it.
 
     Raises:
         ValueError: a strategy that does not fit the number of processes.
@@ -104,8 +108,9 @@ def build_arch(config: Config, device: torch.device) -> SSLMetaArch:
         nn.init.constant_(parameter, torch.nan)
     for buffer in arch.buffers():
         buffer.zero_()
+    found = read_weights() if read_weights and is_main_process() else None
     for name, part in parts.items():
-        make_state = partial(_initial_state, whole[name], f"{config.train.seed}.{name}")
+        make_state = cache(partial(_initial_state, name, whole[name], f"{config.train.seed}.{name}", found))
         load_full(part, make_state)
         if name in teacher:
             load_full(teacher[name], make_state)
@@ -182,8 +187,8 @@ def _build_objectives(config: Config) -> dict[str, Objective]:
     return objectives
 
 
-def _initial_state(module: nn.Module, seed: str) -> dict[str, Tensor]:
-    """Initial weights of a module built on the meta device, on the CPU.
+def _initial_state(name: str, module: nn.Module, seed: str, found: Parts | None) -> dict[str, Tensor]:
+    """Initial weights of a module built on the meta device, on the CPU; those that were `found` go first.
 
     Every module draws from a seed of its own, so that it starts the same whatever else the run has and wherever it
     runs. Weights that no `init_weights` sets stay NaN and stop the run at its first step.
@@ -197,7 +202,7 @@ def _initial_state(module: nn.Module, seed: str) -> dict[str, Tensor]:
     for part in [module] if hasattr(module, "init_weights") else module.modules():
         if hasattr(part, "init_weights"):
             part.init_weights()
-    return module.state_dict()
+    return module.state_dict() if found is None else start_state(name, module, found)
 
 
 def build_optimizer(config: Config, arch: SSLMetaArch) -> torch.optim.AdamW:
@@ -218,6 +223,7 @@ def build_schedules(config: Config) -> Schedules:
         min_lr=optim.min_lr,
         warmup_steps=optim.warmup_steps,
         freeze_last_layer_steps=optim.freeze_last_layer_steps,
+        freeze_backbone_steps=optim.freeze_backbone_steps,
         weight_decay=optim.weight_decay,
         weight_decay_end=optim.weight_decay_end,
         momentum_teacher=teacher.momentum_teacher,

@@ -12,10 +12,10 @@ from dinov2_eq.config.schema import Config
 from dinov2_eq.data.datasets import ImageDataset
 from dinov2_eq.data.loaders import to_device
 from dinov2_eq.distributed import is_main_process
-from dinov2_eq.logging import MetricLogger
+from dinov2_eq.logging import MetricLogger, first_value
 from dinov2_eq.train.build import build_make_views, build_task_transform, build_train_loader
 from dinov2_eq.train.meter import StepMeter
-from dinov2_eq.train.online_knn import OnlineKnn
+from dinov2_eq.train.online_knn import KNN_TOP1, OnlineKnn
 from dinov2_eq.train.run_folder import write_teacher
 from dinov2_eq.train.samples import SampleWriter
 from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
@@ -92,7 +92,21 @@ def build_observer(
     evaluation, steps = config.evaluation, config.optim.steps
     actions: dict[Callable[[int], Mapping[str, float] | None], int] = {}
     if knn:
-        actions[lambda done: knn.measure(arch.teacher["backbone"], device)] = evaluation.knn_period_steps
+        measured = first_value(folder, KNN_TOP1) if start and is_main_process() else []
+
+        def measure_knn(done: int) -> Mapping[str, float]:
+            values = knn.measure(arch.teacher["backbone"], device)
+            measured.append(values[KNN_TOP1])
+            if config.student.pretrained_weights and measured[-1] < measured[0]:
+                logger.warning(
+                    "k-NN top-1 %.2f %% is below the %.2f %% of student.pretrained_weights: lower optim.base_lr, "
+                    "lengthen optim.freeze_backbone_steps, or wait",
+                    measured[-1],
+                    measured[0],
+                )
+            return values
+
+        actions[measure_knn] = evaluation.knn_period_steps
     if evaluation.sample_period_steps > 0:
         samples = _build_samples(config, folder, dataset, device)
 

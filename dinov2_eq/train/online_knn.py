@@ -14,6 +14,7 @@ from dinov2_eq.probes.features import extract_features
 from dinov2_eq.probes.knn import knn_accuracy
 
 BATCH_SIZE = 256
+KNN_TOP1 = "eval/knn_top1"
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class OnlineKnn:
         train, val = (self._features(backbone, device, *subset) for subset in (self.train, self.val))
         accuracies = knn_accuracy(*train, *val, ks=[self.k])
         logger.info("k-NN top-1 %.2f %%", accuracies[self.k]["top1"])
-        return {"eval/knn_top1": accuracies[self.k]["top1"]}
+        return {KNN_TOP1: accuracies[self.k]["top1"]}
 
     def _features(
         self, backbone: nn.Module, device: torch.device, dataset: ImageDataset, indices: np.ndarray

@@ -23,13 +23,13 @@ def layer_index(name: str, depth: int) -> int:
 def build_param_groups(
     modules: Mapping[str, nn.Module], *, depth: int, layerwise_decay: float, patch_embed_lr_mult: float
 ) -> list[dict[str, Any]]:
-    """Groups all trainable parameters by (lr_multiplier, wd_multiplier, is_last_layer).
+    """Groups all trainable parameters by (lr_multiplier, wd_multiplier, part).
 
     Args:
         modules: the trainable modules by name; only the one called "backbone" has layer-wise decay.
         depth: number of blocks of the backbone.
     """
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[float, float, str], list[nn.Parameter]] = defaultdict(list)
     for module_name, module in modules.items():
         for name, parameter in module.named_parameters():
             lr_multiplier = 1.0
@@ -38,16 +38,17 @@ def build_param_groups(
                 if name.startswith("patch_embed."):
                     lr_multiplier *= patch_embed_lr_mult
             spared = name.endswith("bias") or "norm" in name or "gamma" in name
-            groups[lr_multiplier, 0.0 if spared else 1.0, "last_layer" in name].append(parameter)
+            part = "backbone" if module_name == "backbone" else "last_layer" if "last_layer" in name else "other"
+            groups[lr_multiplier, 0.0 if spared else 1.0, part].append(parameter)
     return [
-        {"params": parameters, "lr_multiplier": lr, "wd_multiplier": wd, "is_last_layer": last}
-        for (lr, wd, last), parameters in groups.items()
+        {"params": parameters, "lr_multiplier": lr, "wd_multiplier": wd, "part": part}
+        for (lr, wd, part), parameters in groups.items()
     ]
 
 
 def apply_schedule(param_groups: list[dict[str, Any]], values: ScheduledValues) -> None:
     """Sets learning rate and weight decay of every group for this step."""
+    lrs = {"backbone": values.backbone_lr, "last_layer": values.last_layer_lr, "other": values.lr}
     for group in param_groups:
-        lr = values.last_layer_lr if group["is_last_layer"] else values.lr
-        group["lr"] = lr * group["lr_multiplier"]
+        group["lr"] = lrs[group["part"]] * group["lr_multiplier"]
         group["weight_decay"] = values.weight_decay * group["wd_multiplier"]

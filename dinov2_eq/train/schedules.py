@@ -14,6 +14,7 @@ from fvcore.common.param_scheduler import (
 class ScheduledValues(NamedTuple):
     lr: float
     last_layer_lr: float  # of the prototypes, 0 while they are frozen
+    backbone_lr: float  # 0 while the backbone is frozen
     weight_decay: float
     teacher_momentum: float
     teacher_temp: float
@@ -53,6 +54,7 @@ class Schedules:
         min_lr: float,
         warmup_steps: int,
         freeze_last_layer_steps: int,
+        freeze_backbone_steps: int,
         weight_decay: float,
         weight_decay_end: float,
         momentum_teacher: float,
@@ -63,6 +65,7 @@ class Schedules:
     ) -> None:
         self.steps = steps
         self.freeze_last_layer_steps = freeze_last_layer_steps
+        self.freeze_backbone_steps = freeze_backbone_steps
         self.lr = warmup_then(0.0, warmup_steps, steps, CosineParamScheduler(lr, min_lr), reached=lr)
         self.weight_decay = CosineParamScheduler(weight_decay, weight_decay_end)
         self.teacher_momentum = CosineParamScheduler(momentum_teacher, final_momentum_teacher)
@@ -77,6 +80,7 @@ class Schedules:
         return ScheduledValues(
             lr=lr,
             last_layer_lr=0.0 if step < self.freeze_last_layer_steps else lr,
+            backbone_lr=0.0 if step < self.freeze_backbone_steps else lr,
             weight_decay=float(self.weight_decay(where)),
             teacher_momentum=float(self.teacher_momentum(where)),
             teacher_temp=float(self.teacher_temp(where)),

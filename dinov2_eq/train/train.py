@@ -4,6 +4,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from dinov2_eq.train.meter import StepMeter, average_over_processes
 from dinov2_eq.train.observer import build_observer
 from dinov2_eq.train.online_knn import build_online_knn
 from dinov2_eq.train.param_groups import apply_schedule
+from dinov2_eq.train.pretrained import find_pretrained, load_optimizer, read_pretrained
 from dinov2_eq.train.state import TrainingState
 
 logger = logging.getLogger(__name__)
@@ -105,21 +107,24 @@ def _train(
     half_precision = uses_half_precision(config, device)
     dataset = from_main_process(lambda: build_dataset(config.train.dataset_path))
     knn = from_main_process(lambda: build_online_knn(config, half_precision))
-    arch = build_arch(config, device)
+    newest = checkpointer.newest_whole() if resume else None
+    pretrained = find_pretrained(config.student.pretrained_weights) if newest is None else ""
+    arch = build_arch(config, device, partial(read_pretrained, pretrained) if pretrained else None)
     optimizer = build_optimizer(config, arch)
     schedules = build_schedules(config)
     corrupt = CorruptCounter(config.train.max_corrupt_share)
     state = TrainingState(arch, optimizer, corrupt, global_batch_size(config))
-    if not resume:
-        from_main_process(lambda: run_folder.set_aside(output_dir))
-    newest = checkpointer.newest_whole()
     start = 0
     if newest is not None:
         from_main_process(lambda: run_folder.require_same_run(output_dir, config))
         start = state.load(checkpointer, newest)
+    elif pretrained:
+        load_optimizer(pretrained, arch, optimizer)
     if start >= config.optim.steps:
         logger.info("this run is finished: step %d of optim.steps=%d", start, config.optim.steps)
         return
+    if not resume:
+        from_main_process(lambda: run_folder.set_aside(output_dir))
     run_folder.describe(output_dir, config, device)
     precision = "bfloat16 autocast" if half_precision else "float32"
     processes, nodes = get_world_size(), get_world_size() // get_local_world_size()

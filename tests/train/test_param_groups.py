@@ -52,11 +52,15 @@ def test_every_parameter_is_in_one_group(groups, modules):
     assert len(groups) == sum(len(list(module.parameters())) for module in modules.values())
 
 
-def test_last_layer_is_frozen_alone():
+def test_each_part_has_its_own_learning_rate():
     parameter = nn.Parameter(torch.zeros(1))
     groups = [
-        {"params": [parameter], "lr_multiplier": 0.5, "wd_multiplier": 1.0, "is_last_layer": False},
-        {"params": [parameter], "lr_multiplier": 1.0, "wd_multiplier": 0.0, "is_last_layer": True},
+        {"params": [parameter], "lr_multiplier": 0.5, "wd_multiplier": 1.0, "part": "backbone"},
+        {"params": [parameter], "lr_multiplier": 1.0, "wd_multiplier": 0.0, "part": "last_layer"},
+        {"params": [parameter], "lr_multiplier": 1.0, "wd_multiplier": 1.0, "part": "other"},
     ]
-    apply_schedule(groups, ScheduledValues(0.1, 0.0, 0.3, 0.99, 0.04))
-    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.05, 0.3), (0.0, 0.0)]
+    values = ScheduledValues(
+        lr=0.1, last_layer_lr=0.0, backbone_lr=0.2, weight_decay=0.3, teacher_momentum=0.99, teacher_temp=0.04
+    )
+    apply_schedule(groups, values)
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.1, 0.3), (0.0, 0.0), (0.1, 0.3)]

@@ -14,6 +14,7 @@ def schedules(**changes):
         "min_lr": 0.1,
         "warmup_steps": 20,
         "freeze_last_layer_steps": 5,
+        "freeze_backbone_steps": 10,
         "weight_decay": 0.04,
         "weight_decay_end": 0.4,
         "momentum_teacher": 0.9,
@@ -29,11 +30,12 @@ def cosine(start, end, share):
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
-@pytest.mark.parametrize("step", [0, 1, 19, 20, 21, 60, 99])
+@pytest.mark.parametrize("step", [0, 1, 9, 10, 19, 20, 21, 60, 99])
 def test_values(step):
     values = schedules().at(step)
     assert values.lr == pytest.approx(step / 20 if step < 20 else cosine(1.0, 0.1, (step - 20) / 80))
     assert values.last_layer_lr == (0 if step < 5 else values.lr)
+    assert values.backbone_lr == (0 if step < 10 else values.lr)
     assert values.weight_decay == pytest.approx(cosine(0.04, 0.4, step / 100))
     assert values.teacher_momentum == pytest.approx(cosine(0.9, 1.0, step / 100))
     assert values.teacher_temp == pytest.approx(0.04 + 0.03 * min(step / 30, 1))

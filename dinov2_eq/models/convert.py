@@ -1,0 +1,279 @@
+"""Weights of other projects' vision transformers under DINOv2's names, and fitted to another image or patch size.
+
+Known are DINOv2 (chunked blocks too), DINO, iBOT, timm, Hugging Face (Dinov2, Dinov2WithRegisters, ViT; before and
+after version 5) and what this project writes, bare or inside a checkpoint.
+"""
+
+import logging
+import re
+from collections.abc import Collection, Iterator, Mapping
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2_eq.models.resize import resize_channels, resize_patch_kernel, resize_positions
+from dinov2_eq.models.vision_transformer import DinoVisionTransformer
+
+HEAD_DIM = 64  # channels of an attention head in every published model
+DEFAULT_MLP_RATIO = 4.0
+NUM_SHOWN = 3  # names in a message
+ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")  # every backbone has one
+PREFERRED = ("teacher", "ema")  # where a checkpoint holds several backbones
+EXTRAS = {"head", "head_dist", "fc", "classifier", "pooler", "decoder"}  # below the backbone's prefix, and not of it
+# Hugging Face to DINOv2; the first pattern that fits a name counts.
+RENAMED = [
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.", ""),
+    (r"^layernorm\.", "norm."),
+    (r"^(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
+]
+RENAMED_IN_BLOCK = [
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.(?:attention\.)?(?:query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(?:attention\.)?(?:key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(?:attention\.)?(?:value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.(?:weights_out|down_proj)\.", ".mlp.w3."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+]
+# Parts that lie side by side in one tensor of DINOv2.
+JOINED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.gate_proj", "mlp.up_proj")}
+
+logger = logging.getLogger(__name__)
+
+
+def to_dinov2(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The backbone of a state dict or checkpoint, under the names of `DinoVisionTransformer`.
+
+    Where a checkpoint holds several backbones, the teacher's is taken, else the moving average ("ema"). What belongs
+    to no backbone, heads for example, is left out and listed in the log; what is strange inside of it is kept, for
+    `adapt` to refuse. No tensor is changed but for the class token's position, which timm adds up.
+
+    Raises:
+        ValueError: no backbone with known names, or several and none is the teacher's.
+    """
+    tensors = dict(_flatten(state))
+    prefix = _find_backbone(tensors)
+    inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    inside = {name: tensor for name, tensor in inside.items() if name.split(".")[0] not in EXTRAS}
+    if left_out := len(tensors) - len(inside):
+        kept = {prefix + name for name in inside}
+        parts = sorted({_part(name) for name in tensors if name not in kept})
+        logger.info("not of the backbone, left out: %d tensors (%s)", left_out, _first(parts))
+    weights = _join({_rename(name): tensor for name, tensor in inside.items()})
+    _name_swiglu(weights)
+    _split_positions(weights)
+    return weights
+
+
+def _flatten(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    for key, value in state.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from _flatten(value, f"{name}.")
+
+
+def _find_backbone(tensors: Mapping[str, Tensor]) -> str:
+    prefixes = [name.removesuffix(end) for end in ANCHORS for name in tensors if f".{name}".endswith(f".{end}")]
+    if not prefixes:
+        found = _first(list(tensors)) or "there are no tensors"
+        raise ValueError(
+            f"No vision transformer is named in these weights: {found}. Known are the names of DINOv2, DINO, iBOT and "
+            "timm (patch_embed.proj.weight, blocks.0.attn.qkv.weight) and of Hugging Face "
+            "(embeddings.patch_embeddings.projection.weight), bare or within a checkpoint"
+        )
+    for word in PREFERRED:
+        if len(preferred := [prefix for prefix in prefixes if word in prefix]) == 1:
+            return preferred[0]
+    if len(prefixes) > 1:
+        raise ValueError(
+            f"These weights hold {len(prefixes)} backbones, {', '.join(prefixes)}, and none is clearly the teacher; "
+            "save the one that is meant in a file of its own"
+        )
+    return prefixes[0]
+
+
+def _part(name: str) -> str:
+    """What a tensor belongs to, for a message: its name up to a number, or without its last part."""
+    return re.match(r"(.*?)(?:\.\d+\..*|\.[^.]*)?$", name)[1]
+
+
+def _rename(name: str) -> str:
+    for pattern, replacement in RENAMED:
+        name, count = re.subn(pattern, replacement, name)
+        if count:
+            break
+    for pattern, replacement in RENAMED_IN_BLOCK:
+        name = re.sub(pattern, replacement, name) if name.startswith("blocks.") else name
+    name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)  # chunked: blocks.<chunk>.<block>.
+    return {"reg_token": "register_tokens", "masked_embed": "mask_token"}.get(name, name)  # timm; iBOT
+
+
+def _join(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    joined = {}
+    for name, tensor in tensors.items():
+        for whole, parts in JOINED.items():
+            siblings = [name.replace(f".{parts[0]}.", f".{part}.") for part in parts]
+            if f".{parts[0]}." in name and all(sibling in tensors for sibling in siblings):
+                joined[name.replace(parts[0], whole)] = torch.cat([tensors[sibling] for sibling in siblings])
+                break
+            if any(f".{part}." in name for part in parts[1:]):
+                break
+        else:
+            joined[name] = tensor
+    return joined
+
+
+def _name_swiglu(weights: dict[str, Tensor]) -> None:
+    """timm calls the layers of a SwiGLU as those of an MLP; the first is twice as wide as the second takes."""
+    for name in [name for name in weights if name.endswith(".mlp.fc1.weight")]:
+        layer = name.removesuffix("fc1.weight")
+        second = weights.get(f"{layer}fc2.weight")
+        if second is None or len(weights[name]) != 2 * second.shape[1]:
+            continue
+        for ours, theirs in (("w12", "fc1"), ("w3", "fc2")):
+            for kind in ("weight", "bias"):
+                if f"{layer}{theirs}.{kind}" in weights:
+                    weights[f"{layer}{ours}.{kind}"] = weights.pop(f"{layer}{theirs}.{kind}")
+
+
+def _split_positions(weights: dict[str, Tensor]) -> None:
+    """timm may have no position for the class token, whose value then holds it, or one for each register."""
+    table, registers = weights.get("pos_embed"), weights.get("register_tokens")
+    if table is None or table.ndim != 3:
+        return
+    others = table.shape[1] - isqrt(table.shape[1]) ** 2  # positions of what is no patch
+    if _is_square(table.shape[1]):
+        weights["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
+    elif registers is not None and others == 1 + registers.shape[1]:
+        weights["register_tokens"] = registers + table[:, 1:others]
+        weights["pos_embed"] = torch.cat([table[:, :1], table[:, others:]], dim=1)
+
+
+def _is_square(number: int) -> bool:
+    return isqrt(number) ** 2 == number
+
+
+def infer_architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of the `DinoVisionTransformer` that these weights are of.
+
+    What weights do not tell is taken to be as published: 64 channels in each attention head, and position tables
+    resized as DINOv2 does, exactly and with antialiasing where there are registers, with the offset 0.1 otherwise.
+
+    Args:
+        weights: under DINOv2's names, see `to_dinov2`.
+
+    Raises:
+        ValueError: a tensor is missing that tells part of it, or the width is no multiple of 64.
+    """
+    try:
+        dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
+        num_positions = weights["pos_embed"].shape[1]
+        gated = "blocks.0.mlp.w12.weight" in weights
+        width = weights["blocks.0.mlp.w3.weight" if gated else "blocks.0.mlp.fc2.weight"].shape[1]
+    except KeyError as error:
+        raise ValueError(f"Weights without {error} do not tell their architecture; they are not whole") from None
+    if dim % HEAD_DIM:
+        raise ValueError(
+            f"Tokens of {dim} channels do not split into heads of {HEAD_DIM}, so the number of heads is unknown; build "
+            "the backbone from its own config"
+        )
+    registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
+    return {
+        "img_size": patch_size * round((num_positions - 1) ** 0.5),
+        "patch_size": patch_size,
+        "in_chans": in_chans,
+        "embed_dim": dim,
+        "depth": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        "num_heads": dim // HEAD_DIM,
+        "mlp_ratio": _mlp_ratio(dim, width, gated),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
+        "proj_bias": "blocks.0.attn.proj.bias" in weights,
+        "ffn_bias": "blocks.0.mlp.w3.bias" in weights if gated else "blocks.0.mlp.fc2.bias" in weights,
+        "init_values": 1.0 if "blocks.0.ls1.gamma" in weights else None,
+        "ffn_layer": "swiglu" if gated else "mlp",
+        "num_register_tokens": registers,
+        "interpolate_antialias": registers > 0,
+        "interpolate_offset": 0.0 if registers else 0.1,
+    }
+
+
+def _mlp_ratio(dim: int, width: int, gated: bool) -> float:
+    """The ratio that gives `width`; a gated layer has two thirds of it, rounded up, so many ratios give the same."""
+    if not gated:
+        return width / dim
+    default = (int(int(DEFAULT_MLP_RATIO * dim) * 2 / 3) + 7) // 8 * 8
+    return DEFAULT_MLP_RATIO if width == default else 1.5 * width / dim
+
+
+def adapt(weights: Mapping[str, Tensor], backbone: DinoVisionTransformer) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights of the same network for other image sizes, patches or channels, made to fit `backbone`.
+
+    - Positions are resized as `backbone` itself would do it, so it computes what the original would at this image size.
+    - Patch kernel and input channels: see `models.resize`.
+    - Registers that only `backbone` has, and the mask token, start as they are in `backbone`; LayerScale at 1, which
+      changes nothing.
+
+    Args:
+        weights: under DINOv2's names, see `to_dinov2`; they stay as they are.
+
+    Returns:
+        a whole state dict for `backbone`, and a sentence for each thing that was changed or added.
+
+    Raises:
+        ValueError: anything else does not fit; names the tensors.
+    """
+    expected = backbone.state_dict()
+    fitted, notes = dict(weights), []
+    kernel, table = fitted.get("patch_embed.proj.weight"), fitted.get("pos_embed")
+    if kernel is not None:
+        _, channels, patch_size, _ = expected["patch_embed.proj.weight"].shape
+        if kernel.shape[-1] != patch_size:
+            notes.append(f"patches of {kernel.shape[-1]} pixels became {patch_size}")
+        if kernel.shape[1] != channels:
+            notes.append(f"{kernel.shape[1]} input channels became {channels}")
+        fitted["patch_embed.proj.weight"] = resize_patch_kernel(resize_channels(kernel, channels), patch_size)
+    if table is not None and table.shape[1] != expected["pos_embed"].shape[1] and _is_square(table.shape[1] - 1):
+        side = round(backbone.patch_embed.num_patches**0.5)
+        antialias, offset = backbone.interpolate_antialias, backbone.interpolate_offset
+        fitted["pos_embed"] = resize_positions(table, (side, side), antialias=antialias, offset=offset)
+        notes.append(f"{table.shape[1] - 1} positions became {side} x {side}")
+    scales = {name for name in expected if name.endswith((".ls1.gamma", ".ls2.gamma"))}
+    if scales and not any(name.endswith(".gamma") for name in fitted):
+        fitted |= {name: torch.ones_like(expected[name]) for name in scales}
+        notes.append(f"{len(scales)} LayerScales of 1")
+    for name in ("mask_token", "register_tokens"):
+        if name in expected and name not in fitted:
+            fitted[name] = expected[name].clone()
+            notes.append(f"fresh {name.replace('_', ' ')}")
+    if misfit := describe_misfit(expected, fitted):
+        raise ValueError(f"The weights belong to another architecture: {misfit}")
+    return fitted, notes
+
+
+def describe_misfit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+    """ "" where all names and shapes agree; else how many tensors do ("loaded 3 of 5 tensors") and which do not."""
+    shared = expected.keys() & weights.keys()
+    misshaped = {name for name in shared if weights[name].shape != expected[name].shape}
+    problems = {
+        "missing": expected.keys() - weights.keys(),
+        "unexpected": weights.keys() - expected.keys(),
+        "of another shape": misshaped,
+    }
+    if not any(problems.values()):
+        return ""
+    listed = "; ".join(f"{len(names)} {what} ({_first(sorted(names))})" for what, names in problems.items() if names)
+    return f"loaded {len(shared) - len(misshaped)} of {len(expected)} tensors; {listed}"
+
+
+def _first(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:NUM_SHOWN]) + (", ..." if len(names) > NUM_SHOWN else "")

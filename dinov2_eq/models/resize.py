@@ -1,0 +1,56 @@
+"""The two parts of a vision transformer that depend on the size of images, patches and channels, for other sizes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resize_positions(table: Tensor, grid: tuple[int, int], *, antialias: bool, offset: float) -> Tensor:
+    """The position table [1, 1 + M * M, D], class token first, for `grid` = (rows, columns).
+
+    Args:
+        antialias: average where the table shrinks.
+        offset: added to rows and columns before the scale is computed, as the published DINOv2 weights without
+            registers were used (0.1); 0: resized to the exact size.
+
+    Returns:
+        [1, 1 + rows * columns, D]
+    """
+    side = round((table.shape[1] - 1) ** 0.5)
+    if grid == (side, side):
+        return table
+    cls_position, patch_positions = table.float().split([1, side**2], dim=1)
+    maps = patch_positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, M, M]
+    target = {"scale_factor": tuple((length + offset) / side for length in grid)} if offset else {"size": grid}
+    maps = F.interpolate(maps, **target, mode="bicubic", antialias=antialias)
+    return torch.cat([cls_position, maps.flatten(2).transpose(1, 2)], dim=1).to(table.dtype)
+
+
+def resize_patch_kernel(kernel: Tensor, patch_size: int) -> Tensor:
+    """Patch embedding [D, C, p, p] for patches of another size: [D, C, patch_size, patch_size].
+
+    The new kernel sees in an enlarged patch what the old one saw in the patch: with the matrix R of the enlargement,
+    <R x, new> = <x, old> for every patch x, so new = pinv(R^T) old (FlexiViT, arXiv 2212.08013, section 3.4). A
+    smaller patch has less in it, and new is the best in the mean over white noise.
+    """
+    old_size = kernel.shape[-1]
+    if patch_size == old_size:
+        return kernel
+    unit_patches = torch.eye(old_size**2, dtype=torch.float64).unflatten(1, (1, old_size, old_size))
+    enlarged = F.interpolate(unit_patches, size=(patch_size, patch_size), mode="bicubic", antialias=True)
+    inverse = torch.linalg.pinv(enlarged.flatten(1)).to(kernel.device)  # of R^T, [p' p', p p]
+    return (kernel.double().flatten(2) @ inverse.T).unflatten(2, (patch_size, patch_size)).to(kernel.dtype)
+
+
+def resize_channels(kernel: Tensor, channels: int) -> Tensor:
+    """Patch embedding [D, C, p, p] for images of another number of channels: [D, channels, p, p].
+
+    One channel gets the sum of all, so that a grey image counts as its copy in every channel; more channels repeat
+    the old ones, scaled so that tokens keep their size.
+    """
+    old = kernel.shape[1]
+    if channels == old:
+        return kernel
+    if channels == 1:
+        return kernel.sum(dim=1, keepdim=True)
+    return kernel[:, torch.arange(channels) % old] * (old / channels)

@@ -1,0 +1,166 @@
+"""Files of weights in and out: nothing here runs code that a file brings along.
+
+Reading needs torch alone. A .safetensors file is a JSON header, which says where each tensor lies, and then the bytes
+of the tensors; see https://github.com/huggingface/safetensors for the format.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+METADATA = "__metadata__"
+MAX_HEADER_BYTES = 100_000_000
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_weights(path: str | Path, sha256: str | None = None) -> dict[str, Any]:
+    """What a file of weights holds, on the CPU.
+
+    Args:
+        path: a .safetensors file, or one that torch saved; of the latter only tensors and plain containers are read.
+        sha256: the file's SHA-256 in hexadecimal digits, checked before anything is read; None: not checked.
+
+    Returns:
+        tensors by name; for a torch file the dictionary as it was saved, often nested.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another checksum, a damaged file, one that would run code when it is read, or no weights at all.
+    """
+    path = _existing(path)
+    if sha256 is not None and (found := file_sha256(path)) != sha256.lower():
+        raise ValueError(
+            f"{path} is not the file that was published: its SHA-256 is {found}, expected {sha256.lower()}. Delete it "
+            "and get it again"
+        )
+    if path.suffix == ".safetensors":
+        return _read_tensors(path)
+    content = _read_torch(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds no weights by name, it is no dict but {type(content).__name__}")
+    return dict(content)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The notes in the header of a .safetensors file; {} for other files.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file.
+    """
+    path = _existing(path)
+    return _read_header(path)[0].get(METADATA, {}) if path.suffix == ".safetensors" else {}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a .safetensors file, whole or not at all; makes the folder.
+
+    Raises:
+        ImportError: the package safetensors is missing; reading does not need it.
+        OSError: the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.writing")
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    save_file(own, temporary, dict(metadata))
+    os.replace(temporary, path)
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}; give a file of weights (.safetensors, .pth, .pt or .bin)")
+    return path
+
+
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{path} is not a file of weights, or it was cut off while it was written or copied ({reason}). Get it again"
+    )
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        # DINO and iBOT keep their command line in the checkpoint, a Namespace: attributes and nothing else.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        text = str(error)
+        if refused := re.search(r"(?:GLOBAL|global:?|class|function) (\w+(?:\.\w+)+)", text):
+            raise ValueError(
+                f"{path} was refused: it holds more than tensors, and reading it would call {refused[1]}, that is run "
+                "code that came with the file. If you trust who made it, load it there and save the bare state dict: "
+                "torch.save(model.state_dict(), 'weights.pth')"
+            ) from None
+        # torch begins with the advice to read the file without this care, and ends with the reason.
+        reason = re.sub(r"(?s).*WeightsUnpickler error: ", "", text).strip() or type(error).__name__
+        raise _damaged(path, reason.splitlines()[0]) from None
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a .safetensors file, and the byte where the tensors begin."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+            raise _damaged(path, f"its first 8 bytes promise a header of {length} bytes, and it has {size} in all")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise _damaged(path, "its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no table of tensors")
+    return header, 8 + length
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    header, start = _read_header(path)
+    num_bytes = path.stat().st_size - start
+    raw = torch.from_file(str(path), size=start + num_bytes, dtype=torch.uint8)[start:]  # memory-mapped
+    tensors = {}
+    for name, entry in header.items():
+        if name == METADATA:
+            continue
+        try:
+            dtype, shape, (first, last) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            fits = 0 <= first <= last <= num_bytes and last - first == prod(shape) * dtype.itemsize
+        except (KeyError, TypeError, ValueError):
+            raise _damaged(path, f"its header describes tensor {name!r} as {entry}") from None
+        if not fits:
+            raise _damaged(path, f"tensor {name!r} should lie at bytes {first} to {last} of {num_bytes}")
+        tensors[name] = raw[first:last].clone().view(dtype).reshape(shape)
+    return tensors

@@ -1,0 +1,138 @@
+"""What training starts from in place of random weights: `student.pretrained_weights`."""
+
+import importlib
+import logging
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from dinov2_eq.checkpointer import Checkpointer, read_model
+from dinov2_eq.distributed import is_distributed
+from dinov2_eq.models import DinoVisionTransformer
+from dinov2_eq.models.convert import adapt, describe_misfit, to_dinov2
+from dinov2_eq.models.weight_files import read_weights
+from dinov2_eq.train.run_folder import CHECKPOINTS
+
+logger = logging.getLogger(__name__)
+
+Parts = Mapping[str, Mapping[str, Tensor]]  # state dicts by module: "backbone", "projection", "dino_head", ...
+LIBRARIES = {"timm": "timm", "hf": "transformers"}
+
+
+def find_pretrained(source: str) -> str | Path:
+    """The training checkpoint that a run folder means, else `source` itself, "" for none; all processes must call it.
+
+    Raises:
+        ValueError: a folder without a whole training checkpoint.
+    """
+    path = Path(source)
+    if not source or not path.is_dir() or path.parent.name == CHECKPOINTS:
+        return source
+    with closing(Checkpointer(path / CHECKPOINTS, keep=1)) as checkpointer:
+        step = checkpointer.newest_whole()
+    if step is None:
+        raise ValueError(
+            f"student.pretrained_weights={source} holds no training checkpoint; give a run folder, one of its "
+            f"{CHECKPOINTS}/<step>, or a file of weights"
+        )
+    return path / CHECKPOINTS / str(step)
+
+
+def read_pretrained(source: str | Path) -> Parts:
+    """The weights that `source` holds, on the CPU, the backbone's under DINOv2's names; for one process by itself.
+
+    Args:
+        source: a folder `checkpoints/<step>` of a run (the student's side of everything); a teacher checkpoint; a file
+            of backbone weights in the naming of DINOv2, DINO, iBOT, timm or Hugging Face; `timm:NAME`; or `hf:NAME`,
+            where NAME may be a folder.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: it holds no backbone in a known naming, or the library it needs is not installed.
+    """
+    kind, _, name = str(source).partition(":")
+    if kind in LIBRARIES and name:
+        return {"backbone": to_dinov2(_from_library(kind, name))}
+    path = Path(source)
+    if path.is_dir():
+        model = read_model(path)
+        return _split({name.removeprefix("student."): tensor for name, tensor in model.items()}, without=("teacher",))
+    weights = read_weights(path)
+    if isinstance(weights.get("teacher"), Mapping) and "config" in weights:  # ours, with heads and projection
+        return _split(weights["teacher"])
+    return {"backbone": to_dinov2(weights)}
+
+
+def load_optimizer(source: str | Path, arch: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Takes over the moments of a training checkpoint, where it has them for every parameter."""
+    if not Path(source).is_dir():
+        return
+    state = get_optimizer_state_dict(arch, optimizer)
+    try:
+        dcp.load({"optimizer": {"state": state["state"]}}, checkpoint_id=source, no_dist=not is_distributed())
+    except CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        logger.info("the optimizer starts afresh: %s has not the same parameters (%s)", source, reason)
+        return
+    set_optimizer_state_dict(arch, optimizer, state)
+    logger.info("the optimizer goes on with the moments of %s", source)
+
+
+def start_state(name: str, module: nn.Module, found: Parts) -> dict[str, Tensor]:
+    """State dict for a freshly initialised module: the weights found for it, or its own where there are none.
+
+    Raises:
+        ValueError: the backbone's do not fit; the message counts tensors and names some.
+    """
+    own, given = module.state_dict(), found.get(name)
+    if not own:
+        return own
+    if isinstance(module, DinoVisionTransformer):
+        fitted, notes = adapt(found["backbone"], module)
+        logger.info(
+            "backbone: loaded %d of %d tensors%s", len(fitted), len(own), "".join(f"; {note}" for note in notes)
+        )
+        return fitted
+    misfit = describe_misfit(own, given) if given else "there is none in student.pretrained_weights"
+    if misfit:
+        logger.info("%s starts afresh: %s", name, misfit)
+        return own
+    logger.info("%s: loaded %d of %d tensors", name, len(given), len(own))
+    return dict(given)
+
+
+def _split(weights: Mapping[str, Tensor], without: tuple[str, ...] = ()) -> Parts:
+    """ "backbone.norm.weight" -> parts["backbone"]["norm.weight"]; an objective's own are "objectives.<name>"."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in weights.items():
+        first, _, rest = full_name.partition(".")
+        if first == "objectives":
+            second, _, rest = rest.partition(".")
+            first = f"{first}.{second}"
+        if first not in without:
+            parts.setdefault(first, {})[rest] = tensor
+    if "backbone" not in parts:
+        raise ValueError(f"student.pretrained_weights holds no backbone, only {', '.join(sorted(parts))}")
+    return parts
+
+
+def _from_library(kind: str, name: str) -> dict[str, Any]:
+    try:
+        library = importlib.import_module(LIBRARIES[kind])
+    except ImportError:
+        raise ValueError(
+            f"student.pretrained_weights={kind}:{name} needs a package: pip install {LIBRARIES[kind]}"
+        ) from None
+    model = (
+        library.create_model(name, pretrained=True, num_classes=0)
+        if kind == "timm"
+        else library.AutoModel.from_pretrained(name)
+    )
+    return model.state_dict()

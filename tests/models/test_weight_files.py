@@ -1,0 +1,128 @@
+import argparse
+import json
+import os
+import pickle
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dinov2_eq.models.weight_files import DTYPES, file_sha256, read_metadata, read_weights, write_safetensors
+
+TENSORS = {
+    "scalar": torch.tensor(3.0),
+    "empty": torch.zeros(0, 4),
+    "odd": torch.arange(3, dtype=torch.uint8),  # moves what follows off every alignment
+    "weights": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
+}
+
+
+def message(path, **arguments):
+    with pytest.raises(ValueError) as caught:
+        read_weights(path, **arguments)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_reads_what_the_safetensors_package_writes(tmp_path, dtype):
+    tensors = {name: (tensor * 10).to(dtype) for name, tensor in TENSORS.items()}
+    save_file(tensors, tmp_path / "w.safetensors", {"note": "ä"})
+    found = read_weights(tmp_path / "w.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == dtype and found[name].shape == tensor.shape
+        assert torch.equal(found[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8))
+    assert read_metadata(tmp_path / "w.safetensors") == {"note": "ä"}
+
+
+def test_writing_makes_the_folder_and_takes_views(tmp_path):
+    path, whole = tmp_path / "new" / "w.safetensors", torch.arange(6.0).view(2, 3)
+    write_safetensors(path, {"whole": whole, "part": whole[:, 1:], "turned": whole.T}, {"step": "3"})
+    found = read_weights(path)
+    assert torch.equal(found["part"], whole[:, 1:]) and torch.equal(found["turned"], whole.T)
+    assert read_metadata(path) == {"step": "3"} and os.listdir(path.parent) == ["w.safetensors"]
+
+
+def test_torch_files_with_a_command_line_in_them(tmp_path):
+    torch.save({"teacher": TENSORS, "args": argparse.Namespace(arch="vit_small"), "epoch": 3}, tmp_path / "w.pth")
+    found = read_weights(tmp_path / "w.pth")
+    assert torch.equal(found["teacher"]["weights"], TENSORS["weights"]) and found["args"].arch == "vit_small"
+    assert read_metadata(tmp_path / "w.pth") == {}
+
+
+def test_missing_files(tmp_path):
+    for path, reason in ((tmp_path / "w.pth", "does not exist"), (tmp_path, "is a folder")):
+        with pytest.raises(FileNotFoundError, match=reason):
+            read_weights(path)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-1], lambda data: data[:40], lambda data: b"", lambda data: b"?" * 99]
+)
+def test_damaged_files(tmp_path, suffix, damage):
+    path = tmp_path / f"w.{suffix}"
+    save_file(TENSORS, path) if suffix == "safetensors" else torch.save(TENSORS, path)
+    path.write_bytes(damage(path.read_bytes()))
+    assert "not a file of weights, or it was cut off" in message(path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},  # too few bytes
+        {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},  # beyond the end
+        {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]},
+        {"dtype": "Q7", "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2]},
+        [1, 2],
+    ],
+)
+def test_headers_that_lie(tmp_path, entry):
+    header = json.dumps({"a": entry}).encode()
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    assert "tensor 'a'" in message(tmp_path / "w.safetensors")
+
+
+def test_headers_that_are_no_table(tmp_path):
+    for header in (b"[1]", b"{1}", b"\xff\xfe"):
+        (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+        assert "its header is" in message(tmp_path / "w.safetensors")
+
+
+def test_checksum(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file(TENSORS, path)
+    digest = file_sha256(path)
+    assert read_weights(path, sha256=digest.upper()).keys() == TENSORS.keys()
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    text = message(path, sha256=digest)
+    assert "not the file that was published" in text and digest in text
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("never",)
+
+
+def test_code_in_a_file_is_refused_and_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content, path = {"model": TENSORS["scalar"], "extra": Malicious()}, tmp_path / "w.pth"
+    for write in (
+        lambda: torch.save(content, path),
+        lambda: torch.save(content, path, _use_new_zipfile_serialization=False),
+        lambda: path.write_bytes(pickle.dumps(content, protocol=2)),
+    ):
+        write()
+        message(path)
+        assert os.listdir(tmp_path) == ["w.pth"]
+    torch.save(content, path)
+    assert "would call posix.mkdir" in message(path) and "state dict" in message(path)
+
+
+def test_no_weights(tmp_path):
+    torch.save([1, 2], tmp_path / "w.pth")
+    assert "no dict but list" in message(tmp_path / "w.pth")
