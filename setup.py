@@ -23,9 +23,13 @@ setup(
         "dinov2_eq.eval",
         "dinov2_eq.tools",
         "dinov2_eq.configs",
+        "dinov2_eq.weights",
     ],
-    package_dir={"dinov2_eq.eval": "eval", "dinov2_eq.tools": "tools", "dinov2_eq.configs": "configs"},
-    package_data={"dinov2_eq.configs": ["train/*.yaml", "train/*/*.yaml"]},
+    package_dir={f"dinov2_eq.{name}": name for name in ("eval", "tools", "configs", "weights")},
+    package_data={
+        "dinov2_eq.configs": ["train/*.yaml", "train/*/*.yaml"],
+        "dinov2_eq.weights": ["*.json", "*.safetensors"],
+    },
     install_requires=[
         "torch>=2.10",
         "torchvision",
@@ -38,6 +42,7 @@ setup(
         "pillow",
         "kornia",
         "pyarrow",
+        "safetensors",
         "scikit-learn",
         "scipy",
         "matplotlib",

@@ -11,7 +11,7 @@ FLOORS = [
     {"layers", "loss"},
     {"equivariance", "logging", "probes"},
     {"models", "data", "config", "fsdp", "checkpointer"},
-    {"train", "evaluation", "report"},
+    {"train", "evaluation", "report", "hub"},
     {"run"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

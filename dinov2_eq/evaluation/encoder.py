@@ -1,9 +1,10 @@
-"""The backbone of a teacher checkpoint, with the config it was trained with."""
+"""Any encoder for the evaluations: of a run, of a file of weights, of another library, or with random weights."""
 
 import logging
-import pickle
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,72 +13,67 @@ from torch import Tensor, nn
 
 from dinov2_eq.config.load import load_config, to_dict
 from dinov2_eq.config.schema import StudentConfig
-from dinov2_eq.models import build_backbone
+from dinov2_eq.evaluation.foreign_backbones import (
+    IMAGENET_MEAN,
+    IMAGENET_SIZE,
+    IMAGENET_STD,
+    LOADERS,
+    Foreign,
+    require_tokens,
+)
+from dinov2_eq.models import DinoVisionTransformer, build_backbone
+from dinov2_eq.models.convert import adapt, backbone_arguments, describe_misfit, infer_architecture, to_dinov2
+from dinov2_eq.models.weight_files import read_checkpoint
 
 CHECKPOINTS = "eval/training_*/teacher_checkpoint.pth"
-NUM_SHOWN = 3  # names in a message
-PREFIX = "backbone."
+SEED = 0  # of random weights, where none is asked for
+RANDOM = re.compile(r"(?P<arch>\w+)/(?P<patch_size>\d+)(?:@(?P<img_size>\d+))?")
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    backbone: nn.Module  # a DinoVisionTransformer in eval mode, on the CPU
+    backbone: nn.Module  # in eval mode, on the CPU; answers as `evaluation.foreign_backbones` says
     image_size: int  # side, in pixels, of the images it was trained with
     mean: list[float]  # pixel statistics, in [0, 1]
     std: list[float]
-    config: dict[str, Any]  # the whole training config
-    step: int | None  # optimizer updates behind it; None where the checkpoint does not say
+    config: dict[str, Any]  # the whole training config; {} where there is none
+    step: int | None  # optimizer updates behind it; None where nothing says so
     description: dict[str, Any]  # for results files: where it comes from and what it is
+    untrained: Callable[[], nn.Module] | None = None  # builds the same architecture with fresh weights
 
 
-def load_encoder(path: str | Path, config_file: str | None = None) -> Encoder:
-    """Reads a run folder (its newest `eval/training_<step>/teacher_checkpoint.pth`) or a teacher checkpoint.
+def load_encoder(source: str | Path, config_file: str | None = None) -> Encoder:
+    """Reads an encoder, each kind with its own normalisation and image size.
 
     Args:
-        config_file: config for a checkpoint that carries none; a checkpoint's own must agree with it.
+        source: one of
+            a run folder: its newest `eval/training_<step>/teacher_checkpoint.pth`;
+            a teacher checkpoint, or a released .safetensors file, with its config inside;
+            a file of weights that `models.convert` knows: the architecture is inferred, pixels are ImageNet's;
+            `timm:NAME`; `hf:NAME`, NAME may be a folder; `hub:REPO:NAME`, REPO may be a folder with a hubconf.py;
+            `random:ARCH/PATCH[@SIZE]`, such as random:vit_small/16 (224 pixels), or `random:` before any of the last
+            three: the weights of seed 0.
+        config_file: config for a file that carries none; a file's own must agree with it.
 
     Raises:
         FileNotFoundError: no such path, or a folder without a teacher checkpoint.
-        ValueError: not a teacher checkpoint, no config or a contradicting one, or weights of another architecture.
+        ValueError: weights or a config that cannot be used, that contradict each other, or are not to be had.
     """
-    checkpoint_path = find_checkpoint(Path(path))
-    checkpoint = _read(checkpoint_path)
-    config = _choose_config(checkpoint_path, checkpoint, config_file)
-    settings = _encoder_settings(config)
-    backbone = build_backbone(**settings["student"], img_size=settings["global_crops_size"])
-    num_tensors = _load_strictly(backbone, checkpoint["teacher"], checkpoint_path)
-    step = checkpoint.get("step")
-    return Encoder(
-        backbone=backbone.eval().requires_grad_(False),
-        image_size=settings["global_crops_size"],
-        mean=settings["mean"],
-        std=settings["std"],
-        config=config,
-        step=step,
-        description={
-            "checkpoint": str(checkpoint_path.resolve()),
-            "step": step,
-            "loaded_tensors": num_tensors,
-            "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
-            "embed_dim": backbone.embed_dim,
-            "image_size": settings["global_crops_size"],
-            "student": config["student"],
-            "equivariance": config.get("equivariance"),
-        },
-    )
+    kind, _, rest = str(source).partition(":")
+    if kind in (*LOADERS, "random") and rest and not Path(source).exists():
+        if config_file:
+            raise ValueError(f"--config-file {config_file} is for files of weights; {source} has a config of its own")
+        return _load_random(rest) if kind == "random" else _load_foreign(str(source), kind, rest)
+    return _load_file(str(source), find_checkpoint(Path(source)), config_file)
 
 
 def random_encoder(encoder: Encoder, seed: int) -> Encoder:
     """The same architecture before any training; torch's global generator is left as it was."""
-    settings = _encoder_settings(encoder.config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        backbone = build_backbone(**settings["student"], img_size=encoder.image_size)
     return replace(
         encoder,
-        backbone=backbone.eval().requires_grad_(False),
+        backbone=_frozen(_seeded(encoder.untrained, seed)),
         step=0,
         description={**encoder.description, "checkpoint": None, "step": 0, "loaded_tensors": 0, "random_seed": seed},
     )
@@ -102,27 +98,127 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _load_file(source: str, path: Path, config_file: str | None) -> Encoder:
+    content, own, step = read_checkpoint(path)
+    is_ours = own is not None or ("teacher" in content and "student" not in content)  # DINO and iBOT save both
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} is not a teacher checkpoint, or it was cut off while it was written or copied ({reason})"
-        ) from None
-    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("teacher"), Mapping):
-        keys = (
-            f"its keys are {sorted(map(str, checkpoint))[:5]}" if isinstance(checkpoint, Mapping) else "it is no dict"
+        weights = to_dinov2(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if is_ours or config_file:
+        config = _choose_config(path, own, config_file)
+        settings = _encoder_settings(config)
+        image_size, mean, std = settings["global_crops_size"], settings["mean"], settings["std"]
+        untrained = partial(build_backbone, **settings["student"], img_size=image_size)
+        details = {"student": config["student"], "equivariance": config.get("equivariance")}
+    else:
+        config, details = {}, infer_architecture(weights)
+        largest = IMAGENET_SIZE // details["patch_size"] * details["patch_size"]
+        image_size, mean, std = min(details["img_size"], largest), IMAGENET_MEAN, IMAGENET_STD
+        untrained = partial(DinoVisionTransformer, **details)
+        logger.info(
+            "%s carries no config: its architecture is inferred, images have %d pixels and ImageNet's mean and std",
+            path,
+            image_size,
         )
-        raise ValueError(
-            f"{path} is not a teacher checkpoint: it has no weights under the key 'teacher' ({keys}). Give a "
-            "teacher_checkpoint.pth, which training writes below eval/training_<step>/"
-        )
-    return checkpoint
+    backbone = untrained()
+    num_tensors = _load_strictly(backbone, weights, path, is_ours)
+    return Encoder(
+        backbone=_frozen(backbone),
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        config=config,
+        step=step,
+        description=_describe(source, backbone, image_size, num_tensors)
+        | {"checkpoint": str(path.resolve()), "step": step, **details},
+        untrained=untrained,
+    )
 
 
-def _choose_config(path: Path, checkpoint: dict[str, Any], config_file: str | None) -> dict[str, Any]:
-    own = checkpoint.get("config")
+def _load_strictly(backbone: DinoVisionTransformer, weights: Mapping[str, Tensor], path: Path, is_ours: bool) -> int:
+    """All names and shapes must agree; weights of others may need another size. Returns the number of tensors."""
+    expected, notes = backbone.state_dict(), []
+    if is_ours and (misfit := describe_misfit(expected, weights)):
+        raise ValueError(
+            f"The weights of {path} belong to another architecture than its config describes: {misfit}. "
+            "Pass the --config-file it was trained with."
+        )
+    if not is_ours:
+        try:
+            weights, notes = adapt(weights, backbone)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    backbone.load_state_dict(weights)
+    changed = f" ({'; '.join(notes)})" if notes else ""
+    logger.info("loaded %d of %d tensors of the backbone from %s%s", len(expected), len(expected), path, changed)
+    return len(expected)
+
+
+def _load_foreign(source: str, kind: str, name: str) -> Encoder:
+    foreign = LOADERS[kind](name, True)
+    num_tensors = len(foreign.backbone.state_dict())
+    encoder = _from_foreign(source, foreign, num_tensors)
+    logger.info("loaded %d of %d tensors of the backbone from %s", num_tensors, num_tensors, source)
+    return encoder
+
+
+def _load_random(what: str) -> Encoder:
+    source = f"random:{what}"
+    kind, _, name = what.partition(":")
+    if kind in LOADERS:
+        foreign = _seeded(lambda: LOADERS[kind](name, False), SEED)
+    elif found := RANDOM.fullmatch(what):
+        patch_size = int(found["patch_size"])
+        image_size = int(found["img_size"] or IMAGENET_SIZE)
+        untrained = partial(build_backbone, found["arch"], patch_size=patch_size, img_size=image_size)
+        foreign = Foreign(_seeded(untrained, SEED), untrained, image_size, IMAGENET_MEAN, IMAGENET_STD)
+    else:
+        raise ValueError(
+            f"{source}: write random:ARCH/PATCH or random:ARCH/PATCH@SIZE, for example random:vit_small/16, or "
+            f"{' or '.join(f'random:{kind}:NAME' for kind in LOADERS)}"
+        )
+    encoder = _from_foreign(source, foreign, num_tensors=0)
+    return replace(encoder, step=0, description={**encoder.description, "step": 0, "random_seed": SEED})
+
+
+def _from_foreign(source: str, foreign: Foreign, num_tensors: int) -> Encoder:
+    backbone = _frozen(foreign.backbone)
+    require_tokens(source, backbone, foreign.image_size)
+    return Encoder(
+        backbone=backbone,
+        image_size=foreign.image_size,
+        mean=foreign.mean,
+        std=foreign.std,
+        config={},
+        step=None,
+        description=_describe(source, backbone, foreign.image_size, num_tensors) | {"checkpoint": None, "step": None},
+        untrained=foreign.untrained,
+    )
+
+
+def _describe(source: str, backbone: nn.Module, image_size: int, num_tensors: int) -> dict[str, Any]:
+    return {
+        "source": source,
+        "loaded_tensors": num_tensors,
+        "parameters": sum(parameter.numel() for parameter in backbone.parameters()),
+        "embed_dim": backbone.embed_dim,
+        "patch_size": backbone.patch_size,
+        "image_size": image_size,
+    }
+
+
+def _frozen(backbone: nn.Module) -> nn.Module:
+    return backbone.eval().requires_grad_(False)
+
+
+def _seeded(build: Callable[[], Any], seed: int) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def _choose_config(path: Path, own: dict[str, Any] | None, config_file: str | None) -> dict[str, Any]:
     given = to_dict(load_config(config_file)) if config_file else None
     if own is None and given is None:
         raise ValueError(
@@ -140,14 +236,14 @@ def _choose_config(path: Path, checkpoint: dict[str, Any], config_file: str | No
 
 
 def _encoder_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a training config makes the encoder; drop path and attention backend do not, so they are defaults."""
+    """What of a training config makes the encoder."""
     try:
-        student = {key: value for key, value in config["student"].items() if key not in ("drop_path_rate", "attention")}
-        if unknown := student.keys() - StudentConfig.__dataclass_fields__.keys():
+        if unknown := config["student"].keys() - StudentConfig.__dataclass_fields__.keys():
             raise ValueError(
                 f"The checkpoint's config has student.{sorted(unknown)[0]}, which this version does not know; evaluate "
                 "with the version that trained it"
             )
+        student = backbone_arguments(config["student"])
         return {"student": student, **{key: config["crops"][key] for key in ("global_crops_size", "mean", "std")}}
     except KeyError as error:
         raise ValueError(
@@ -162,31 +258,3 @@ def _differences(own: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[s
             yield from _differences(value, given[key])
         elif value != given.get(key):
             yield f"{key} {value!r} and {given.get(key)!r}"
-
-
-def _load_strictly(backbone: nn.Module, teacher: Mapping[str, Tensor], path: Path) -> int:
-    """Copies `backbone.*` into the backbone; all names and shapes must agree. Returns the number of tensors."""
-    weights = {name.removeprefix(PREFIX): tensor for name, tensor in teacher.items() if name.startswith(PREFIX)}
-    expected = backbone.state_dict()
-    shared = expected.keys() & weights.keys()
-    misshaped = {name for name in shared if weights[name].shape != expected[name].shape}
-    loaded = f"loaded {len(shared) - len(misshaped)} of {len(expected)} tensors"
-    problems = {
-        "missing": expected.keys() - weights.keys(),
-        "unexpected": weights.keys() - expected.keys(),
-        "of another shape": misshaped,
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{len(names)} {what} ({_first(names)})" for what, names in problems.items() if names)
-        raise ValueError(
-            f"The weights of {path} belong to another architecture than its config describes: {loaded}; {listed}. "
-            "Pass the --config-file it was trained with."
-        )
-    backbone.load_state_dict(weights)
-    logger.info("%s of the backbone from %s", loaded, path)
-    return len(expected)
-
-
-def _first(names: set[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:NUM_SHOWN]) + (", ..." if len(shown) > NUM_SHOWN else "")

@@ -4,6 +4,7 @@ Known are DINOv2 (chunked blocks too), DINO, iBOT, timm, Hugging Face (Dinov2, D
 after version 5) and what this project writes, bare or inside a checkpoint.
 """
 
+import inspect
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_eq.models import DinoVisionTransformer, build_backbone
 from dinov2_eq.models.resize import resize_channels, resize_patch_kernel, resize_positions
-from dinov2_eq.models.vision_transformer import DinoVisionTransformer
 
 HEAD_DIM = 64  # channels of an attention head in every published model
 DEFAULT_MLP_RATIO = 4.0
@@ -157,6 +158,15 @@ def _split_positions(weights: dict[str, Tensor]) -> None:
     elif registers is not None and others == 1 + registers.shape[1]:
         weights["register_tokens"] = registers + table[:, 1:others]
         weights["pos_embed"] = torch.cat([table[:, :1], table[:, others:]], dim=1)
+
+
+def backbone_arguments(student: Mapping[str, Any]) -> dict[str, Any]:
+    """What `build_backbone` needs of a training config's section "student"; `img_size` comes from "crops".
+
+    Drop path and the attention kernel concern training and the machine it ran on: they are left at their defaults.
+    """
+    wanted = inspect.signature(build_backbone).parameters.keys() - {"drop_path_rate", "drop_path_uniform", "attention"}
+    return {name: value for name, value in student.items() if name in wanted}
 
 
 def _is_square(number: int) -> bool:

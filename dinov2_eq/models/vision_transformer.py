@@ -6,12 +6,12 @@ Constructor arguments, state-dict names and output names are DINOv2's, so weight
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_eq.layers.block import Block
 from dinov2_eq.layers.layer_scale import LayerScale
 from dinov2_eq.layers.patch_embed import PatchEmbed
+from dinov2_eq.models.resize import resize_positions
 
 
 class DinoVisionTransformer(nn.Module):
@@ -115,18 +115,9 @@ class DinoVisionTransformer(nn.Module):
 
     def interpolate_pos_encoding(self, grid: tuple[int, int]) -> Tensor:
         """The position table for a grid of (rows, columns) patches, [1, 1 + rows * columns, D]."""
-        side = round(self.patch_embed.num_patches**0.5)
-        if grid == (side, side):
-            return self.pos_embed
-        cls_position, patch_positions = self.pos_embed.float().split([1, side**2], dim=1)
-        table = patch_positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, side, side]
-        # With an offset the kernel must see the slightly larger scale that the published weights were used with.
-        if self.interpolate_offset:
-            target = {"scale_factor": tuple((length + self.interpolate_offset) / side for length in grid)}
-        else:
-            target = {"size": grid}
-        table = F.interpolate(table, **target, mode="bicubic", antialias=self.interpolate_antialias)
-        return torch.cat([cls_position, table.flatten(2).transpose(1, 2)], dim=1).to(self.pos_embed.dtype)
+        return resize_positions(
+            self.pos_embed, grid, antialias=self.interpolate_antialias, offset=self.interpolate_offset
+        )
 
     def prepare_tokens_with_masks(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """images [B, C, H, W], masks [B, N] bool -> tokens [B, 1 + R + N, D]: class, registers, patches.

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +62,29 @@ def read_weights(path: str | Path, sha256: str | None = None) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no weights by name, it is no dict but {type(content).__name__}")
     return dict(content)
+
+
+class Checkpoint(NamedTuple):
+    """What a file holds; `config` and `step` where this project wrote it."""
+
+    content: dict[str, Any]  # as `read_weights` returns it
+    config: dict[str, Any] | None  # the training config, its sections as dictionaries
+    step: int | None  # optimizer updates
+
+
+def read_checkpoint(path: str | Path, sha256: str | None = None) -> Checkpoint:
+    """A file of weights together with the config it carries: a teacher checkpoint's own, or a release's in its header.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_weights`.
+    """
+    content, metadata = read_weights(path, sha256), read_metadata(path)
+    if "config" in metadata:
+        return Checkpoint(content, json.loads(metadata["config"]), int(metadata["step"]))
+    config = content.get("config")
+    if not isinstance(config, Mapping) or "student" not in config:
+        return Checkpoint(content, None, None)
+    return Checkpoint(content, dict(config), content.get("step"))
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

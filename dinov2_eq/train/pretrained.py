@@ -17,7 +17,7 @@ from dinov2_eq.checkpointer import Checkpointer, read_model
 from dinov2_eq.distributed import is_distributed
 from dinov2_eq.models import DinoVisionTransformer
 from dinov2_eq.models.convert import adapt, describe_misfit, to_dinov2
-from dinov2_eq.models.weight_files import read_weights
+from dinov2_eq.models.weight_files import read_checkpoint
 from dinov2_eq.train.run_folder import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
@@ -64,9 +64,9 @@ def read_pretrained(source: str | Path) -> Parts:
     if path.is_dir():
         model = read_model(path)
         return _split({name.removeprefix("student."): tensor for name, tensor in model.items()}, without=("teacher",))
-    weights = read_weights(path)
-    if isinstance(weights.get("teacher"), Mapping) and "config" in weights:  # ours, with heads and projection
-        return _split(weights["teacher"])
+    weights, config, _ = read_checkpoint(path)
+    if config is not None:  # ours: a teacher checkpoint, with heads and projection, or a release, with projection
+        return _split(weights.get("teacher", weights))
     return {"backbone": to_dinov2(weights)}
 
 
@@ -99,13 +99,13 @@ def start_state(name: str, module: nn.Module, found: Parts) -> dict[str, Tensor]
         logger.info(
             "backbone: loaded %d of %d tensors%s", len(fitted), len(own), "".join(f"; {note}" for note in notes)
         )
-        return fitted
+        return {key: tensor.to(own[key].dtype) for key, tensor in fitted.items()}  # releases are in float16
     misfit = describe_misfit(own, given) if given else "there is none in student.pretrained_weights"
     if misfit:
         logger.info("%s starts afresh: %s", name, misfit)
         return own
     logger.info("%s: loaded %d of %d tensors", name, len(given), len(own))
-    return dict(given)
+    return {key: tensor.to(own[key].dtype) for key, tensor in given.items()}
 
 
 def _split(weights: Mapping[str, Tensor], without: tuple[str, ...] = ()) -> Parts:

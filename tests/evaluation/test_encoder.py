@@ -43,6 +43,7 @@ def test_newest_checkpoint_of_a_run_folder(tmp_path, caplog):
     assert (encoder.image_size, encoder.mean) == (32, [0.4, 0.5, 0.6])
     assert not encoder.backbone.training and not any(weight.requires_grad for weight in encoder.backbone.parameters())
     number = len(encoder.backbone.state_dict())
+    assert encoder.description["loaded_tensors"] == number and encoder.description["source"] == str(tmp_path)
     assert f"loaded {number} of {number} tensors" in caplog.text
     json.dumps(encoder.description)
 
@@ -67,11 +68,12 @@ def test_missing_files(tmp_path):
 def test_damaged_files(tmp_path, damage):
     path = save(tmp_path, checkpoint())
     path.write_bytes(damage(path.read_bytes()))
-    assert f"{path} is not a teacher checkpoint, or it was cut off" in message(path)
+    assert f"{path} is not a file of weights, or it was cut off" in message(path)
 
 
 def test_other_checkpoints(tmp_path):
-    assert "no weights under the key 'teacher' (its keys are ['model'])" in message(save(tmp_path, {"model": {}}))
+    path = save(tmp_path, {"model": {}})
+    assert f"{path}: No vision transformer is named in these weights: there are no tensors" in message(path)
     assert "it is no dict" in message(save(tmp_path, torch.zeros(2)))
 
 

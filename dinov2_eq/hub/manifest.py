@@ -1,0 +1,107 @@
+"""The list of released weights, `weights/manifest.json`, and how a release becomes a file on this machine."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+
+MANIFEST = "manifest.json"
+PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Release:
+    """One file of weights; its header holds the whole training config and the step."""
+
+    entry_point: str  # of hubconf.py, for example dinov2_eq_vitt8
+    default: bool  # whether it is what `pretrained=True` gives for this entry point
+    file: str  # name in the folder of the manifest
+    url: str | None  # where it can be had if it is not there
+    size: int  # bytes
+    sha256: str
+    dtype: str  # of the tensors in the file
+    contains: list[str]  # of backbone, projection, heads and decoders
+    architecture: dict[str, Any]  # arch, depth, patch_size, img_size, ...: the arguments of `build_backbone`
+    data: str  # what it was trained on
+    steps: int  # optimizer updates
+    results: dict[str, float]  # by name of the measurement, with its unit
+    licence: str
+    notes: str  # what it is and is not
+
+
+def weights_folder() -> Path:
+    """`weights/` of the checkout, or of the installed package."""
+    checkout, installed = PACKAGE.parent / "weights", PACKAGE / "weights"
+    return checkout if (checkout / MANIFEST).is_file() else installed
+
+
+def read_manifest(folder: Path) -> dict[str, Release]:
+    """Releases by name; none where the folder has no manifest.
+
+    Raises:
+        ValueError: an entry lacks something, or has more than is known.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    known, releases = {field.name for field in fields(Release)}, {}
+    for name, entry in json.loads(path.read_text(encoding="utf-8"))["releases"].items():
+        if wrong := sorted(entry.keys() ^ known):
+            raise ValueError(f"{path}: release {name!r} lacks or should not have {', '.join(wrong)}")
+        releases[name] = Release(**entry)
+    return releases
+
+
+def write_manifest(folder: Path, releases: Mapping[str, Release]) -> None:
+    """Writes the manifest whole or not at all.
+
+    Raises:
+        ValueError: results that are NaN or infinite.
+    """
+    entries = {name: asdict(release) for name, release in sorted(releases.items())}
+    text = json.dumps({"releases": entries}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary = folder / f"{MANIFEST}.writing"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, folder / MANIFEST)
+
+
+def find_file(name: str, release: Release, folder: Path) -> Path:
+    """The file of a release: beside the manifest, or downloaded; its checksum is left to the reader.
+
+    Raises:
+        FileNotFoundError: it is not there, and nobody has published it elsewhere.
+        OSError: it cannot be downloaded.
+    """
+    if (path := folder / release.file).is_file():
+        return path
+    if release.url is None:
+        raise FileNotFoundError(
+            f"{path} is missing, and the weights {name!r} have no URL; get the whole checkout: git restore weights"
+        )
+    return download(release.url, release.sha256)
+
+
+def download(url: str, sha256: str | None) -> Path:
+    """The file behind `url`, from the cache `<TORCH_HOME>/hub/checkpoints` where it has been there before.
+
+    Raises:
+        OSError: it cannot be downloaded.
+        ValueError: what came has another SHA-256 than `sha256`.
+    """
+    basename = Path(urlparse(url).path).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{basename}"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256 and sha256.lower(), progress=False)
+        except RuntimeError as error:  # torch's word for another checksum
+            raise ValueError(f"{url} is not the file that was published: {error}") from None
+        except OSError as error:
+            raise OSError(f"{url} cannot be downloaded: {error}") from None
+    return path
