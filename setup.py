@@ -8,6 +8,8 @@ VERSION = next(
     for line in (ROOT / "dinov2_eq/__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
+# What `dinov2-eq export` writes for, and compares with.
+EXPORT = ["timm", "transformers", "onnx", "onnxscript", "onnxruntime"]
 
 setup(
     name="dinov2_eq",
@@ -49,6 +51,9 @@ setup(
         "tensorboard",
         "tqdm",
     ],
-    extras_require={"dev": ["pytest", "pytest-xdist", "ruff", "timm", "transformers", "selenium"]},
+    extras_require={
+        "export": EXPORT,
+        "dev": [*EXPORT, "pytest", "pytest-xdist", "ruff", "selenium"],
+    },
     entry_points={"console_scripts": ["dinov2-eq = dinov2_eq.run.cli:main"]},
 )

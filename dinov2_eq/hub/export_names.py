@@ -5,7 +5,6 @@ of 1. The mask token, which features do not pass, has no place in timm.
 """
 
 import re
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from dinov2_eq.models import DinoVisionTransformer
 TIMM_MODELS = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large"}
 TIMM_SWIGLU = "vit_giant_patch14_dinov2"
 HUGGING_FACE_RATIOS = range(1, 17)
+LAYERS_WITH_BIAS = tuple(f"{layer}.weight" for layer in ("attn.proj", "mlp.fc1", "mlp.fc2", "mlp.w12", "mlp.w3"))
 HUGGING_FACE_NAMES = [
     (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"),
     (r"^pos_embed$", "embeddings.position_embeddings"),
@@ -37,7 +37,7 @@ def to_timm(backbone: DinoVisionTransformer) -> tuple[dict[str, Tensor], dict[st
     registers, (gated, width) = backbone.num_register_tokens, feed_forward(backbone)
     weights = backbone.state_dict()
     del weights["mask_token"]
-    _fill_biases(weights, ("mlp.fc1", "mlp.fc2", "mlp.w12", "mlp.w3"))
+    _fill_biases(weights)
     if gated:
         _fill_layer_scales(weights, backbone)  # which that entry of timm always has
     if registers:  # with them, timm has positions for the patches alone
@@ -49,7 +49,6 @@ def to_timm(backbone: DinoVisionTransformer) -> tuple[dict[str, Tensor], dict[st
     arguments = {
         **_sizes(backbone),
         "mlp_ratio": _exact_ratio(2 * width if gated else width, backbone.embed_dim),
-        "proj_bias": "blocks.0.attn.proj.bias" in weights,
         "reg_tokens": registers,
         "no_embed_class": registers > 0,
         "dynamic_img_size": True,
@@ -75,7 +74,7 @@ def to_hugging_face(backbone: DinoVisionTransformer) -> tuple[dict[str, Tensor],
             "only whole multiples (two thirds of them for swiglu); export to timm, onnx or safetensors"
         )
     weights = backbone.state_dict()
-    _fill_biases(weights, ("attn.proj", "mlp.fc1", "mlp.fc2", "mlp.w12", "mlp.w3"))
+    _fill_biases(weights)
     _fill_layer_scales(weights, backbone)
     for name in [name for name in weights if ".attn.qkv." in name]:
         parts = weights.pop(name).chunk(3)
@@ -141,8 +140,8 @@ def _hugging_face_name(name: str) -> str:
     return name
 
 
-def _fill_biases(weights: dict[str, Tensor], layers: Collection[str]) -> None:
-    for name in [name for name in weights if name.endswith(tuple(f".{layer}.weight" for layer in layers))]:
+def _fill_biases(weights: dict[str, Tensor]) -> None:
+    for name in [name for name in weights if name.endswith(LAYERS_WITH_BIAS)]:
         weights.setdefault(name.replace(".weight", ".bias"), weights[name].new_zeros(len(weights[name])))
 
 

@@ -47,7 +47,7 @@ def test_file_and_manifest(tmp_path, capsys):
     tensors = read_weights(file)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16} and "dino_head.mlp.0.weight" not in tensors
     config = json.loads(read_metadata(file)["config"])
-    assert config["train"]["dataset_path"] == "" and config["student"]["depth"] == 1
+    assert config["train"]["dataset_path"] == "Shapes:split=TRAIN:num=24:size=32" and config["student"]["depth"] == 1
     printed = capsys.readouterr().out
     assert float(printed.split()[-1]) > 0.9999 and "dinov2_eq_vitt8, backbone, projection" in printed
 
