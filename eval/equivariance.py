@@ -1,52 +1,77 @@
-"""How well frozen features tell the transform that took I to g(I): R2 of its parameters, on held-out images."""
+"""How well frozen features tell the transform that took I to g(I): R2 of its parameters, on held-out images.
+
+--card makes a report card of it, on one HTML page: all transforms and choices of head and tokens, the invariance to
+each transform, and k-NN accuracy and retrieval over the angle of rotation.
+"""
 
 import argparse
 import logging
 import time
 from collections.abc import Sequence
-from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from dinov2_eq.data.datasets import ImageDataset, build_dataset
+from dinov2_eq.data.datasets import DataError, ImageDataset, build_dataset
 from dinov2_eq.data.loaders import fixed_subset
-from dinov2_eq.distributed import pick_device
-from dinov2_eq.equivariance.transforms import TransformRanges, build_transform
-from dinov2_eq.evaluation.command_line import evaluation_parser, format_table, positive, protocol_of
-from dinov2_eq.evaluation.encoder import load_encoder, random_encoder
-from dinov2_eq.evaluation.results import results_folder, write_results
-from dinov2_eq.evaluation.transformed_pairs import PairFeatures, Setting, draw_theta, extract_pairs, settings_of
-from dinov2_eq.logging import check_writable, setup_logging
-from dinov2_eq.probes.features import MODES
-from dinov2_eq.probes.transform_regression import (
-    BATCH_SIZE,
-    HEADS,
-    LEARNING_RATE,
-    R2Scores,
-    r2_scores,
-    regress_transform,
-    scale_targets,
+from dinov2_eq.distributed import from_main_process, is_main_process
+from dinov2_eq.equivariance.transforms import Transform, TransformRanges
+from dinov2_eq.evaluation.command_line import (
+    evaluation_parser,
+    evaluation_processes,
+    format_table,
+    positive,
+    protocol_of,
 )
+from dinov2_eq.evaluation.encoder import Encoder, load_encoder
+from dinov2_eq.evaluation.labelled import read_labelled
+from dinov2_eq.evaluation.probe_transforms import build_probe_transform
+from dinov2_eq.evaluation.report_card import (
+    ANGLES_DEG,
+    TASKS,
+    Extracted,
+    Probes,
+    angle_curve,
+    cosine_rows,
+    score_transforms,
+    summarise,
+    turned_settings,
+    turned_theta,
+    upright,
+)
+from dinov2_eq.evaluation.results import publish, results_folder
+from dinov2_eq.evaluation.side_by_side import name_encoders, with_untrained
+from dinov2_eq.evaluation.transformed_pairs import Setting, draw_theta, extract_pairs, settings_of
+from dinov2_eq.logging import check_writable
+from dinov2_eq.probes.features import MODES
+from dinov2_eq.probes.transform_regression import BATCH_SIZE, HEADS, LEARNING_RATE, scale_targets
+from dinov2_eq.report import MAX_ENCODERS, render_card
 
-FILE_NAME = "results_eval_equivariance.json"
-TASKS = ("rotation", "translation", "color_jitter", "blur")
-# Each mean takes, of every task, the first of these borders that the task has.
-MEANS = {"mean_border_free": ("canvas", "none"), "mean_zeros": ("zeros", "none"), "mean_masked": ("masked",)}
-RANDOM_SEED = 0
+FILE_NAME, PAGE_NAME = "results_eval_equivariance.json", "report_card.html"
+# What --card means where nothing else is said. The first head and tokens are those of `rows` and `summary`.
+CARD = {
+    "tasks": ["rotation", "translation", "se2", "color_jitter", "blur", "crop", "flip"],
+    "head": ["mlp", "linear"],
+    "tokens": ["both", "cls", "mean"],
+    "num_seeds": 3,
+}
+NUM_NEIGHBOURS = 20
 
 logger = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser("dinov2-eq eval equivariance", __doc__, batch_size=128)
+    parser = evaluation_parser("dinov2-eq eval equivariance", __doc__, batch_size=128, many_encoders=True)
     add = parser.add_argument
+    add("--card", action="store_true", help=f"the report card; unless told otherwise, with {described(CARD)}")
     add("--max-train-images", type=positive, default=10000, help="the first so many of a fixed shuffle train the head")
     add("--max-val-images", type=positive, default=2000, help="the first so many of a fixed shuffle are scored")
     add("--draws", type=positive, default=1, help="transforms drawn for each training image")
     add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="names or package.module:ClassName")
-    add("--tokens", choices=MODES, default="both", help="class token, mean of the patch tokens, or both")
-    add("--head", choices=HEADS, default="mlp", help="what reads the features")
+    add("--tokens", nargs="+", choices=MODES, default=["both"], help="class token, mean of the patch tokens, or both")
+    add("--head", nargs="+", choices=HEADS, default=["mlp"], help="what reads the features")
     add("--hidden-dim", type=positive, default=1024, help="width of the mlp")
     add("--epochs", type=positive, default=50, help="of the head")
     add("--num-seeds", type=positive, default=1, help="heads trained for each number, which is their mean")
@@ -66,17 +91,149 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("LOW", "HIGH"),
         help="pixels",
     )
+    ranges.add_argument("--min-crop-share", type=float, default=0.2, help="of the area that a crop keeps at least")
     return parser
 
 
+def described(flags: dict[str, Any]) -> str:
+    values = {name: " ".join(value) if isinstance(value, list) else value for name, value in flags.items()}
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.card:
+        parser.set_defaults(**CARD)
+        args = parser.parse_args(argv)
+    for name in ("tasks", "tokens", "head"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    with evaluation_processes(args) as device:
+        evaluate(args, device)
+
+
+class Split(NamedTuple):
+    """The images that train the heads, or those that are scored."""
+
+    dataset: ImageDataset
+    indices: np.ndarray  # [N]
+    labels: Tensor | None  # [N]; None where there is no k-NN
+    theta: dict[str, Tensor]  # [draws, N, P] by task
+
+
+def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     started = time.perf_counter()
-    setup_logging()
-    folder = results_folder(args.pretrained_weights, args.output_dir)
-    train_dataset, val_dataset = build_dataset(args.train_dataset), build_dataset(args.val_dataset)
-    encoders = {"trained": load_encoder(args.pretrained_weights, args.config_file)}
-    size = encoders["trained"].image_size
+    sources = args.encoder or [args.pretrained_weights]
+    if len(sources) > 1 and args.output_dir is None:
+        raise ValueError("--output-dir is missing: the results of several encoders belong to no folder of theirs")
+    folder = results_folder(sources[0], args.output_dir)
+    datasets, labels, notices = from_main_process(lambda: read_data(args))
+    encoders = name_encoders(sources, [load_encoder(source, args.config_file) for source in sources])
+    tasks = build_tasks(args)
+    settings = {
+        size: [setting for task, transform in tasks.items() for setting in settings_of(task, transform, size)]
+        for size in dict.fromkeys(encoder.image_size for encoder in encoders.values())
+    }
+    if args.dry_run:
+        logger.info("dry run: encoders, data and flags can be used")
+        return
+    from_main_process(lambda: check_writable(folder))
+    if args.random_init:
+        encoders = with_untrained(encoders)
+    if args.card and len(encoders) > MAX_ENCODERS:
+        raise ValueError(
+            f"A card shows up to {MAX_ENCODERS} encoders, got {len(encoders)} with the untrained ones: "
+            f"{', '.join(encoders)}. Name fewer, or give --no-random-init"
+        )
+    for notice in notices:
+        logger.warning(notice)
+    for encoder in encoders.values():
+        encoder.backbone.to(device)
+
+    train = make_split("train", datasets[0], labels[0], args.max_train_images, args.draws, tasks)
+    val = make_split("val", datasets[1], labels[1], args.max_val_images, 1, tasks)
+    extracted = {}
+    for size, of_size in settings.items():
+        group = {name: encoder for name, encoder in encoders.items() if encoder.image_size == size}
+        extracted |= dict.fromkeys(group, extract(group, of_size, train, val, args, device))
+        logger.info("features of %s done, %.0f s", ", ".join(group), time.perf_counter() - started)
+    extracted = {name: extracted[name] for name in encoders}
+
+    targets = tuple(
+        {task: scale_targets(split.theta[task].flatten(0, 1), tasks[task].low, tasks[task].high) for task in tasks}
+        for split in (train, val)
+    )
+    rows = []
+    probes = Probes(args.head, args.tokens, args.num_seeds, args.hidden_dim, args.epochs)
+    for found in score_transforms(extracted, targets, probes, device):
+        rows += found
+        for row in found:
+            what = [row[key] for key in ("encoder", "task", "border", "tokens", "head")]
+            elapsed = time.perf_counter() - started
+            logger.info("%s: R2 %.3f, %.0f s", ", ".join(what), row["r2_pooled"], elapsed)
+    headline = {"tokens": args.tokens[0], "head": args.head[0]}
+    chosen, others = split_rows(rows, headline)
+    summary, other_means = split_rows(summarise(rows), headline)
+    measured = {
+        "encoder": next(iter(encoders.values())).description,
+        "encoders": {name: encoder.description for name, encoder in encoders.items()},
+        "rows": chosen,
+        "summary": summary,
+        "variants": {"rows": others, "summary": other_means},
+    }
+    if args.card:
+        measured["cosines"] = [
+            row for name, found in extracted.items() for row in cosine_rows(name, found, args.tokens)
+        ]
+        measured["angles"] = measure_angles(extracted, train, val, args.tokens, device)
+    protocol = protocol_of(args, device, started) | {
+        "num_train_images": len(train.indices),
+        "num_val_images": len(val.indices),
+        "optimizer": f"Adam, rate {LEARNING_RATE:g}, batch {BATCH_SIZE}, last epoch",
+        "inputs": "features of I and g(I), concatenated, z-scored with training statistics",
+        "targets": "parameters of g, each range scaled to [-1, 1]; flip: -1 or 1",
+        "borders_px": {str(size): describe_borders(of_size) for size, of_size in settings.items()},
+        "notices": notices,
+    }
+    results = {"protocol": protocol, **measured}
+    publish(folder / FILE_NAME, results, results_table(chosen, summary))
+    if args.card and is_main_process():
+        (folder / PAGE_NAME).write_text(render_card(results), encoding="utf-8")
+        print(folder / PAGE_NAME)
+
+
+def read_data(args: argparse.Namespace) -> tuple[list[ImageDataset], list[Tensor | None], list[str]]:
+    """Datasets and labels for training and scoring, and notices.
+
+    Labels are for the card's k-NN alone; it does without where they cannot be used, and says so.
+    """
+    notices = []
+    if args.card:
+        try:
+            found = read_labelled(args.train_dataset, [args.val_dataset], "k-NN over the angle")
+            return [images.dataset for images in found], [images.labels for images in found], notices
+        except DataError as error:
+            notices.append(f"There is no k-NN over the angle: {error}")
+    # Raises where it is not the labels that are wrong.
+    return [build_dataset(args.train_dataset), build_dataset(args.val_dataset)], [None, None], notices
+
+
+def make_split(
+    name: str,
+    dataset: ImageDataset,
+    labels: Tensor | None,
+    max_images: int,
+    draws: int,
+    tasks: dict[str, Transform],
+) -> Split:
+    """The first `max_images` of a fixed shuffle, and so many transforms for each."""
+    indices = fixed_subset(len(dataset), max_images)
+    theta = {task: draw_theta(task, transform, len(indices), draws, name) for task, transform in tasks.items()}
+    return Split(dataset, indices, None if labels is None else labels[indices], theta)
+
+
+def build_tasks(args: argparse.Namespace) -> dict[str, Transform]:
+    """Raises ValueError where a range is empty."""
     ranges = {
         "max_angle_deg": args.max_angle_deg,
         "max_shift": args.max_shift,
@@ -84,108 +241,77 @@ def main(argv: list[str] | None = None) -> None:
         "max_hue": args.max_hue,
         "blur_sigma_min_max": list(args.blur_sigma),
     }
-    tasks = {task: build_transform(task, **ranges) for task in dict.fromkeys(args.tasks)}
+    tasks = {task: build_probe_transform(task, min_crop_share=args.min_crop_share, **ranges) for task in args.tasks}
     for task, transform in tasks.items():
         if not (transform.high > transform.low).all():
             raise ValueError(
                 f"Task {task} has an empty range, from {transform.low.tolist()} to {transform.high.tolist()}"
             )
-    settings = [setting for task, transform in tasks.items() for setting in settings_of(task, transform, size)]
-    if args.dry_run:
-        logger.info("dry run: weights, data and flags can be used")
-        return
-    check_writable(folder)
-    device = pick_device(args.device)
-    if args.random_init:
-        encoders["random-init"] = random_encoder(encoders["trained"], RANDOM_SEED)
-    for encoder in encoders.values():
-        encoder.backbone.to(device)
+    return tasks
 
-    def pairs_of(
-        split: str, dataset: ImageDataset, max_images: int, draws: int
-    ) -> tuple[PairFeatures, dict[str, Tensor], int]:
-        indices = fixed_subset(len(dataset), max_images)
-        theta = {task: draw_theta(task, transform, len(indices), draws, split) for task, transform in tasks.items()}
-        pairs = extract_pairs(
-            encoders,
-            settings,
-            theta,
-            dataset,
-            indices,
-            mode=args.tokens,
-            device=device,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            half_precision=args.precision == "bf16",
-        )
-        logger.info("%s: %d images, features done, %.0f s", split, len(indices), time.perf_counter() - started)
-        targets = {
-            task: scale_targets(theta[task].flatten(0, 1), transform.low, transform.high)
-            for task, transform in tasks.items()
-        }
-        return pairs, targets, len(indices)
 
-    train_pairs, train_targets, num_train = pairs_of("train", train_dataset, args.max_train_images, args.draws)
-    val_pairs, val_targets, num_val = pairs_of("val", val_dataset, args.max_val_images, 1)
-
-    rows = []
-    for name in encoders:
-        for setting in settings:
-            inputs = [pairs.pairs(name, setting).to(device) for pairs in (train_pairs, val_pairs)]
-            scores = []
-            for seed in range(args.num_seeds):
-                head = {"seed": seed, "head": args.head, "hidden_dim": args.hidden_dim, "epochs": args.epochs}
-                predicted = regress_transform(inputs[0], train_targets[setting.task], inputs[1], **head)
-                scores.append(r2_scores(predicted.cpu(), val_targets[setting.task]))
-            row = make_row(name, setting, scores)
-            rows.append(row)
-            elapsed = time.perf_counter() - started
-            logger.info("%s, %s, %s: R2 %.3f, %.0f s", name, setting.task, setting.border, row["r2_pooled"], elapsed)
-    summary = summarise(rows)
-
-    masked = [setting for setting in settings if setting.border == "masked"]
-    protocol = protocol_of(args, device, started) | {
-        "num_train_images": num_train,
-        "num_val_images": num_val,
-        "optimizer": f"Adam, rate {LEARNING_RATE:g}, batch {BATCH_SIZE}, last epoch",
-        "inputs": "features of I and g(I), concatenated, z-scored with training statistics",
-        "targets": "parameters of g, each range scaled to [-1, 1]",
-        "canvas_px": {setting.task: setting.appearance.side for setting in settings if setting.border == "canvas"},
-        "mask_radius_px": {setting.task: setting.appearance.mask_radius for setting in masked},
+def extract(
+    encoders: dict[str, Encoder],
+    settings: list[Setting],
+    train: Split,
+    val: Split,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> Extracted:
+    """Features of encoders that agree on image size; with --card also those of turned images."""
+    size = next(iter(encoders.values())).image_size
+    turned, disc = (turned_settings(size), [upright(size)]) if args.card else ([], [])
+    shared = {
+        "device": device,
+        "batch_size": args.batch_size,
+        "num_workers": args.num_workers,
+        "half_precision": args.precision == "bf16",
     }
-    results = {"protocol": protocol, "encoder": encoders["trained"].description, "rows": rows, "summary": summary}
-    path = write_results(folder / FILE_NAME, results)
-    print(results_table(rows, summary))
-    print(path)
+    found = extract_pairs(encoders, settings, train.theta, train.dataset, train.indices, appearances=disc, **shared)
+    theta = val.theta | turned_theta(len(val.indices))
+    return Extracted(
+        settings,
+        turned,
+        found,
+        extract_pairs(encoders, [*settings, *turned], theta, val.dataset, val.indices, **shared),
+    )
 
 
-def make_row(encoder: str, setting: Setting, scores: Sequence[R2Scores]) -> dict[str, Any]:
-    """Means over the seeds of the head, and the spread of the headline number where there are several."""
-    pooled = [score.pooled for score in scores]
-    components = [fmean(values) for values in zip(*(score.components for score in scores), strict=True)]
-    row = {
-        "encoder": encoder,
-        "task": setting.task,
-        "border": setting.border,
-        "r2_pooled": fmean(pooled),
-        "r2_mean": fmean(score.mean for score in scores),
-        "r2_components": dict(zip(setting.transform.components, components, strict=True)),
+def measure_angles(
+    extracted: dict[str, Extracted], train: Split, val: Split, tokens: Sequence[str], device: torch.device
+) -> dict[str, Any]:
+    """The angle curves of every encoder and choice of tokens, and the chance scores to read them by."""
+    found: dict[str, Any] = {"angles_deg": list(ANGLES_DEG), "recall_at_1_by_chance": 1 / len(val.indices)}
+    k, labels = min(NUM_NEIGHBOURS, len(train.indices)), None
+    if train.labels is not None:
+        labels = train.labels, val.labels
+        found |= {"k": k, "knn_top1_by_chance": 100 / len(train.labels.unique())}
+    found["curves"] = [
+        angle_curve(name, measured, kind, labels, k, device) for name, measured in extracted.items() for kind in tokens
+    ]
+    return found
+
+
+def split_rows(
+    rows: Sequence[dict[str, Any]], headline: dict[str, str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Those of the headline's tokens and head, and the others."""
+    parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
+    for row in rows:
+        parts[not row.items() >= headline.items()].append(row)
+    return parts
+
+
+def describe_borders(settings: Sequence[Setting]) -> dict[str, dict[str, float]]:
+    """By task: the side that a canvas is read with, and the radius of the disc."""
+    looks = {border: {} for border in ("canvas", "masked")}
+    for setting in settings:
+        if setting.border in looks:
+            looks[setting.border][setting.task] = setting.appearance
+    return {
+        "canvas_side": {task: look.side for task, look in looks["canvas"].items()},
+        "mask_radius": {task: look.mask_radius for task, look in looks["masked"].items()},
     }
-    return row | ({"r2_pooled_std": stdev(pooled)} if len(pooled) > 1 else {})
-
-
-def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over the four standard tasks of each encoder; none where a task was left out."""
-    summary = []
-    for encoder in dict.fromkeys(row["encoder"] for row in rows):
-        found = {(row["task"], row["border"]): row for row in rows if row["encoder"] == encoder}
-        if not set(TASKS) <= {task for task, _ in found}:
-            continue
-        for name, borders in MEANS.items():
-            chosen = [next(found[task, border] for border in borders if (task, border) in found) for task in TASKS]
-            means = {key: fmean(row[key] for row in chosen) for key in ("r2_pooled", "r2_mean")}
-            summary.append({"encoder": encoder, "name": name, **means})
-    return summary
 
 
 def results_table(rows: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]]) -> str:

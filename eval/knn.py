@@ -8,21 +8,24 @@ from statistics import fmean
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from dinov2_eq.data.datasets import build_dataset, require_labels
-from dinov2_eq.data.loaders import fixed_subset, make_eval_loader
-from dinov2_eq.data.seeding import Stream, torch_generator
-from dinov2_eq.distributed import pick_device
-from dinov2_eq.evaluation.command_line import evaluation_parser, format_table, positive, protocol_of
+from dinov2_eq.distributed import from_main_process
+from dinov2_eq.evaluation.command_line import (
+    encoder_of,
+    evaluation_parser,
+    evaluation_processes,
+    format_table,
+    positive,
+    protocol_of,
+)
 from dinov2_eq.evaluation.encoder import load_encoder
-from dinov2_eq.evaluation.results import results_folder, write_results
-from dinov2_eq.logging import check_writable, setup_logging
-from dinov2_eq.probes.features import extract_features
+from dinov2_eq.evaluation.features import CENTRE, FeatureExtractor
+from dinov2_eq.evaluation.labelled import ALL_IMAGES, draw_per_class, read_labelled
+from dinov2_eq.evaluation.results import publish, results_folder
+from dinov2_eq.logging import check_writable
 from dinov2_eq.probes.knn import knn_accuracy
 
 FILE_NAME = "results_eval_knn.json"
-ALL_IMAGES = -1
 
 logger = logging.getLogger(__name__)
 
@@ -53,92 +56,69 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    started = time.perf_counter()
     if args.temperature <= 0:
         raise ValueError(f"--temperature must be positive, got {args.temperature}; DINOv2 uses 0.07")
-    setup_logging()
-    folder = results_folder(args.pretrained_weights, args.output_dir)
-    datasets = {data_string: build_dataset(data_string) for data_string in (args.train_dataset, args.val_dataset)}
-    for dataset in datasets.values():
-        require_labels(dataset, "k-NN")
-    encoder = load_encoder(args.pretrained_weights, args.config_file)
+    with evaluation_processes(args) as device:
+        evaluate(args, device)
+
+
+def evaluate(args: argparse.Namespace, device: torch.device) -> None:
+    started = time.perf_counter()
+    folder = results_folder(encoder_of(args), args.output_dir)
+    train, val = from_main_process(
+        lambda: read_labelled(args.train_dataset, [args.val_dataset], "k-NN", args.max_images)
+    )
+    subsets = {n: draw_subsets(train.labels, n, args.n_tries) for n in args.n_per_class_list}
+    encoder = load_encoder(encoder_of(args), args.config_file)
     if args.dry_run:
-        logger.info("dry run: weights, data and flags can be used")
+        logger.info("dry run: encoder, data and flags can be used")
         return
-    check_writable(folder)
-    device = pick_device(args.device)
-    encoder.backbone.to(device)
-
-    def features_of(data_string: str) -> tuple[Tensor, Tensor]:
-        dataset = datasets[data_string]
-        indices = fixed_subset(len(dataset), args.max_images or len(dataset))
-        loader = make_eval_loader(dataset, indices, encoder.image_size, args.batch_size, args.num_workers)
-        features, labels = extract_features(
-            encoder.backbone,
-            tqdm(loader, unit="batch", disable=None),
-            mean=encoder.mean,
-            std=encoder.std,
-            device=device,
-            mode="cls",
-            half_precision=args.precision == "bf16",
-        )
-        logger.info("%s: features of %d images, %.0f s", data_string, len(features), time.perf_counter() - started)
-        return features, labels
-
-    train_features, train_labels = features_of(args.train_dataset)
-    val_features, val_labels = features_of(args.val_dataset)
+    from_main_process(lambda: check_writable(folder))
+    extractor = FeatureExtractor(
+        encoder,
+        device,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        half_precision=args.precision == "bf16",
+    )
+    train_features, val_features = extractor.pooled(train), extractor.pooled(val)
     if not args.gather_on_cpu:
         train_features = train_features.to(device)
 
     results, notices = {}, []
-    for n_per_class in args.n_per_class_list:
+    for n_per_class, draws in subsets.items():
         share = "full" if n_per_class == ALL_IMAGES else f"{n_per_class} per class"
         tries = []
-        for subset in draw_subsets(train_labels, n_per_class, args.n_tries):
+        for subset in draws:
             ks, clipped = usable_ks(args.nb_knn, len(subset), n_per_class)
             notices += [f"{share}: {notice}" for notice in clipped if f"{share}: {notice}" not in notices]
-            tries.append(
-                knn_accuracy(
-                    train_features[subset.to(train_features.device)],
-                    train_labels[subset],
-                    val_features,
-                    val_labels,
-                    ks,
-                    args.temperature,
-                )
-            )
+            chosen = train_features[subset.to(train_features.device)], train.labels[subset]
+            tries.append(knn_accuracy(*chosen, val_features, val.labels, ks, args.temperature))
         results[share] = mean_over_tries(tries)
     for notice in notices:
         logger.warning(notice)
 
     protocol = protocol_of(args, device, started) | {
-        "num_train_images": len(train_features),
-        "num_val_images": len(val_features),
-        "num_classes": len(train_labels.unique()),
+        "num_train_images": len(train.indices),
+        "num_val_images": len(val.indices),
+        "num_classes": len(train.labels.unique()),
         "feature": "class token of the last block after the final norm, L2-normalised",
+        "images": CENTRE,
         "notices": notices,
     }
-    path = write_results(folder / FILE_NAME, {"protocol": protocol, "encoder": encoder.description, "results": results})
-    print(results_table(results))
-    print(path)
+    found = {"protocol": protocol, "encoder": encoder.description, "results": results}
+    publish(folder / FILE_NAME, found, results_table(results))
 
 
 def draw_subsets(labels: Tensor, n_per_class: int, n_tries: int) -> list[Tensor]:
-    """Indices of the training images of each try: all images once, or at random `n_per_class` images of each class.
+    """Places of the training images of each try: all images once, or at random `n_per_class` images of each class.
 
     Raises:
-        ValueError: a number that is neither -1 nor positive.
+        ValueError: a number that is neither -1 nor positive, or a class with fewer images.
     """
     if n_per_class == ALL_IMAGES:
         return [torch.arange(len(labels))]
-    if n_per_class < 1:
-        raise ValueError(f"--n-per-class-list {n_per_class}: give numbers of images from 1 up, or -1 for all")
-    subsets = []
-    for number in range(n_tries):
-        order = torch.randperm(len(labels), generator=torch_generator(Stream.SUBSET, number))
-        of_class = [order[labels[order] == label][:n_per_class] for label in labels.unique()]
-        subsets.append(torch.cat(of_class).sort().values)
-    return subsets
+    return [draw_per_class(labels, n_per_class, number, "--n-per-class-list") for number in range(n_tries)]
 
 
 def usable_ks(ks: Sequence[int], num_images: int, n_per_class: int) -> tuple[list[int], list[str]]:

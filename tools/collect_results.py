@@ -17,7 +17,7 @@ TASKS = ("rotation", "translation", "color_jitter", "blur")
 MEANS = ("mean_border_free", "mean_masked")
 PROBES = ("knn", "equivariance")
 # What may differ between probes whose numbers compare. The rows say at which k.
-NOT_PROTOCOL = {"seconds", "environment", "config_file", "num_workers", "random_init", "nb_knn", "notices"}
+NOT_PROTOCOL = {"seconds", "environment", "config_file", "num_workers", "random_init", "nb_knn", "notices", "processes"}
 
 
 def build_parser() -> argparse.ArgumentParser:

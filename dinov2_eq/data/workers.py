@@ -1,12 +1,16 @@
-"""What a worker process of a data loader does before its first sample."""
+"""What a worker process of a data loader does before its first sample, and what is said when one is killed."""
 
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from dinov2_eq.data.datasets import DataError
 
 
 def init_worker(worker_id: int) -> None:
@@ -28,3 +32,21 @@ def _end_when_the_parent_says_so() -> None:
     while parent is not None and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
+
+
+@contextmanager
+def worker_deaths_explained() -> Iterator[None]:
+    """When a worker is killed, torch raises a RuntimeError at whatever line the main process has reached.
+
+    Raises:
+        DataError: instead of it, with what to do.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise DataError(
+            f"{str(error).strip(' .')}. Most likely the machine, or the job, ran out of memory: lower "
+            "train.num_workers or ask for more memory; the same command goes on from the newest checkpoint"
+        ) from None

@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -33,17 +34,18 @@ class Heartbeat:
     the context raises on one process alone, the others are told why and end too.
     """
 
-    def __init__(self, rank: int, world_size: int, host: str, port: int, silence_limit_s: float) -> None:
+    def __init__(self, rank: int, world_size: int, store: dist.Store, silence_limit_s: float) -> None:
         self.rank = rank
         self.others = [other for other in range(world_size) if other != rank]
         self.watched = self.others if rank == 0 else [0]
         self.silence_limit_s = silence_limit_s
         # A connection of its own: one shared with the process group is blocked while a collective is set up.
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=silence_limit_s))
-        self._store = dist.PrefixStore("heartbeat", store)
+        self._store = dist.PrefixStore("heartbeat", store.clone())
+        self._store.set_timeout(timedelta(seconds=silence_limit_s))
         self._count = 0
         self._seen: dict[int, tuple[bytes, float]] = {}  # count of each watched process, and when it last changed
         self._complained_s: float | None = None  # when this process first saw a complaint
+        self._failed = False
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
@@ -60,20 +62,23 @@ class Heartbeat:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if not self.others:
             return
-        if error is None:
-            dist.barrier()
-        else:
+        if error is not None:
+            self._failed = True
             self._complain(error)
         if isinstance(error, RuntimeError):
             # Most likely a collective that failed because another process is gone. The watch will name that one and
             # end this process, or find that the fault is this process's own.
             self._thread.join()
         self._leaving.set()
-        self._store.set(f"left/{self.rank}", "")
-        if self.rank == 0:  # it may be the host of the store that the others still ask
-            deadline = time.monotonic() + GRACE_S
-            while time.monotonic() < deadline and not self._store.check([f"left/{rank}" for rank in self.others]):
-                time.sleep(PERIOD_S / 10)
+        self._take_leave(GRACE_S)
+
+    def _take_leave(self, patience_s: float) -> None:
+        with suppress(dist.DistError):  # the host of the store may have left before
+            self._store.set(f"left/{self.rank}", "")
+            if self.rank == 0:  # it may be the host of the store that the others still ask
+                deadline = time.monotonic() + patience_s
+                while time.monotonic() < deadline and not self._store.check([f"left/{rank}" for rank in self.others]):
+                    time.sleep(PERIOD_S / 10)
 
     def _beat(self) -> None:
         self._count += 1
@@ -82,7 +87,8 @@ class Heartbeat:
     def _complain(self, error: BaseException) -> None:
         """Tells the others, who end unless they leave by themselves for the same reason."""
         text = f"{self._name} stopped: {type(error).__name__}: {error}"
-        self._store.compare_set("complaint", "", json.dumps(Loss(self.rank, text)))  # the first complaint stays
+        with suppress(dist.DistError):  # without a store there is nobody to tell
+            self._store.compare_set("complaint", "", json.dumps(Loss(self.rank, text)))  # the first complaint stays
 
     def _watch(self) -> None:
         while not self._leaving.wait(PERIOD_S):
@@ -93,10 +99,13 @@ class Heartbeat:
                 loss = Loss(0, f"{self._names[self.watched[0]]} hosts the connection of all, and no longer answers")
             if loss is None or self._leaving.is_set():
                 continue
-            if loss.rank == self.rank:
+            if loss.rank == self.rank and self._failed:
                 return  # the main thread has the error in hand
             logger.error("%s. This process ends; start the run again, it goes on from its newest checkpoint", loss.text)
-            self._leave_at_once()
+            try:
+                self._take_leave(2 * PERIOD_S)  # the others read from the store which process is lost
+            finally:
+                os._exit(EXIT_CODE)
 
     def _find_loss(self) -> Loss | None:
         if self._store.check(["loss"]):
@@ -125,9 +134,3 @@ class Heartbeat:
     def _announce(self, loss: Loss) -> Loss:
         self._store.set("loss", json.dumps(loss))
         return loss
-
-    def _leave_at_once(self) -> None:
-        try:
-            self._store.set(f"left/{self.rank}", "")
-        finally:
-            os._exit(EXIT_CODE)

@@ -113,13 +113,20 @@ def process_group(launch: Launch, device: torch.device, silence_limit_s: float) 
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
+    # Longer than the heartbeat's patience: the heartbeat names the process, a collective that times out does not.
+    timeout = timedelta(seconds=max(600.0, 4 * silence_limit_s))
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun keeps its store when it starts the processes again, with addresses of processes that are gone.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
         device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
-        # Longer than the heartbeat's patience: the heartbeat names the process, a collective that times out does not.
-        timeout=timedelta(seconds=max(600.0, 4 * silence_limit_s)),
     )
-    heartbeat = Heartbeat(launch.rank, launch.world_size, launch.master_addr, launch.master_port, silence_limit_s)
-    with heartbeat:
+    with Heartbeat(rank, world_size, store, silence_limit_s):
         yield
+        dist.barrier()
     dist.destroy_process_group()

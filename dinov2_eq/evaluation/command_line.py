@@ -2,26 +2,46 @@
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dinov2_eq.logging import describe_run
+from dinov2_eq.distributed import get_world_size, pick_device
+from dinov2_eq.distributed.launch import find_launch, process_group
+from dinov2_eq.logging import describe_run, setup_logging
+
+SILENCE_LIMIT_S = 900.0  # one process may compute alone for four times as long, see `process_group`
 
 
-def evaluation_parser(prog: str, description: str | None, batch_size: int) -> argparse.ArgumentParser:
-    """A parser with the flags of every evaluation, named as in DINOv2."""
+def evaluation_parser(
+    prog: str, description: str | None, batch_size: int, *, num_workers: int = 5, many_encoders: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with the flags of every evaluation, named as in DINOv2; `encoder_of` reads those of the encoder.
+
+    Args:
+        batch_size, num_workers: defaults.
+        many_encoders: `--encoder` takes several, and is a list.
+    """
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
+    parser.set_defaults(encoder=None, pretrained_weights=None)  # before the flags, so that the help tells no default
+    encoder = parser.add_mutually_exclusive_group(required=True)
+    encoder.add_argument(
+        "--encoder",
+        nargs="+" if many_encoders else None,
+        default=argparse.SUPPRESS,
+        metavar="SOURCE",
+        help="run folder, teacher checkpoint or weights file, timm:NAME, hf:NAME, hub:REPO:NAME, random:ARCH",
+    )
+    encoder.add_argument(
         "--pretrained-weights",
-        required=True,
-        default=argparse.SUPPRESS,  # or the help would tell a default
+        default=argparse.SUPPRESS,
         metavar="PATH",
-        help="run folder, whose newest teacher checkpoint is read, or a teacher checkpoint",
+        help="the same by DINOv2's name: run folder, teacher checkpoint or weights file",
     )
     parser.add_argument("--config-file", metavar="YAML", help="config of a checkpoint that carries none")
     parser.add_argument(
@@ -29,12 +49,51 @@ def evaluation_parser(prog: str, description: str | None, batch_size: int) -> ar
     )
     parser.add_argument("--train-dataset", default="ImageNet:split=TRAIN", metavar="DATA", help="data string")
     parser.add_argument("--val-dataset", default="ImageNet:split=VAL", metavar="DATA", help="data string")
-    parser.add_argument("--batch-size", type=positive, default=batch_size, help="images in one forward")
-    parser.add_argument("--num-workers", type=int, default=5, help="processes that read images; 0: this one")
+    parser.add_argument("--batch-size", type=positive, default=batch_size, help="images in one forward of one process")
+    parser.add_argument(
+        "--num-workers", type=not_negative, default=num_workers, help="processes that read images; 0: this one"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU, if any")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast of the backbone")
     parser.add_argument("--dry-run", action="store_true", help="look for weights and data, and exit")
     return parser
+
+
+def add_subset_flags(parser: argparse.ArgumentParser) -> None:
+    """Which images of the datasets take part."""
+    parser.add_argument(
+        "--max-images", type=positive, help="of each dataset, the first so many of a fixed shuffle; None: all"
+    )
+    parser.add_argument(
+        "--n-per-class", type=int, default=-1, metavar="N", help="training images of each class, at random; -1: all"
+    )
+    parser.add_argument("--seed", type=not_negative, default=0, help="of everything that is random")
+
+
+def encoder_of(args: argparse.Namespace) -> Any:
+    """What `--encoder` or `--pretrained-weights` names; with `many_encoders` the first is a list."""
+    return args.pretrained_weights if args.encoder is None else args.encoder
+
+
+@contextmanager
+def evaluation_processes(args: argparse.Namespace) -> Iterator[torch.device]:
+    """Joins this process to those that a launcher started with it, if any, and gives it its device.
+
+    Log lines of the main process go to the terminal. A dry run needs no GPU: it is done where a job is submitted.
+    """
+    launch = find_launch()
+    device = pick_device("cpu" if args.dry_run else args.device, launch.local_rank)
+    with process_group(launch, device, SILENCE_LIMIT_S):
+        setup_logging()
+        yield device
+
+
+def not_negative(text: str) -> int:
+    """Type of a flag that takes a whole number from 0 up."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
 
 
 def positive(text: str) -> int:
@@ -57,13 +116,29 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def accuracy_table(accuracies: Mapping[str, Mapping[str, Any]], metric: str) -> str:
+    """A row for each set of images, from `ClassHits.summary`; per_class_accuracy shows its mean."""
+    shown = "mean_accuracy" if metric == "mean_accuracy" else "mean_per_class_accuracy"
+    rows = [
+        [name, *(f"{found[shown][top]:.2f}" if top in found[shown] else "" for top in ("top1", "top5"))]
+        for name, found in accuracies.items()
+    ]
+    return format_table([shown, "top-1 %", "top-5 %"], rows)
+
+
 def protocol_of(args: argparse.Namespace, device: torch.device, started: float) -> dict[str, Any]:
-    """What a results file says about how it came about: every flag but the paths, the machine, and the time taken.
+    """What a results file says about how it came about: flags but no paths, machine, processes, and the time taken.
 
     Args:
         started: `time.perf_counter()` at the start.
     """
-    left_out = ("pretrained_weights", "output_dir", "dry_run")
+    left_out = ("encoder", "pretrained_weights", "output_dir", "dry_run")
     flags = {name: value for name, value in vars(args).items() if name not in left_out}
     seconds = round(time.perf_counter() - started, 1)
-    return {**flags, "device": str(device), "environment": describe_run(device), "seconds": seconds}
+    return {
+        **flags,
+        "device": str(device),
+        "processes": get_world_size(),
+        "environment": describe_run(device),
+        "seconds": seconds,
+    }

@@ -6,20 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dinov2_eq.evaluation.encoder import find_checkpoint
+from dinov2_eq.distributed import is_main_process
 from dinov2_eq.logging import check_writable
 
 
-def results_folder(pretrained_weights: str | Path, output_dir: str | Path | None) -> Path:
-    """`output_dir`, or where the weights are: the run folder, or the folder of the checkpoint.
+def results_folder(encoder: str | Path, output_dir: str | Path | None) -> Path:
+    """`output_dir`, or where the encoder is: the run folder, or the folder of the weights.
 
     Raises:
-        FileNotFoundError: there are no weights, so nothing will ever be written.
+        FileNotFoundError: the encoder is a path and does not exist.
+        ValueError: it is no path, so that `output_dir` is needed.
     """
-    path = Path(pretrained_weights)
-    find_checkpoint(path)
+    path = Path(encoder)
+    has_scheme = ":" in str(encoder) and not path.exists()  # timm:NAME and the like
+    if not has_scheme and not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; give a run folder, a teacher_checkpoint.pth below its eval/training_<step>/, "
+            "or a source such as timm:NAME"
+        )
     if output_dir:
         return Path(output_dir)
+    if has_scheme:
+        raise ValueError(f"--output-dir is missing: {encoder} is no folder of yours that results could go to")
     return path if path.is_dir() else path.parent
 
 
@@ -36,3 +44,11 @@ def write_results(path: Path, results: Mapping[str, Any]) -> Path:
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
     return path
+
+
+def publish(path: Path, results: Mapping[str, Any], table: str) -> None:
+    """On the main process: writes the results, and prints the table and where they are; raises as `write_results`."""
+    if is_main_process():
+        write_results(path, results)
+        print(table)
+        print(path)

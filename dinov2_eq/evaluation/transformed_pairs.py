@@ -3,6 +3,8 @@
 What comes in at the border may give a geometric transform away, so each is measured three times: "zeros" (black comes
 in, as in the papers), "masked" (the same, and only a disc that no border pixel can reach is shown), "canvas" (I is the
 centre of a larger image, so that real pixels come in). Other transforms: "none" and, for comparison, "masked".
+
+Several processes share the work: each computes an equal part of the images, and all get the features of all.
 """
 
 import math
@@ -10,6 +12,7 @@ import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
@@ -19,6 +22,7 @@ from tqdm import tqdm
 from dinov2_eq.data.datasets import ImageDataset
 from dinov2_eq.data.loaders import EvaluationSamples
 from dinov2_eq.data.workers import init_worker
+from dinov2_eq.distributed import gather_rows, get_rank, get_world_size, is_main_process
 from dinov2_eq.equivariance.transforms import Transform
 from dinov2_eq.evaluation.encoder import Encoder
 from dinov2_eq.probes.features import pooled_features, require_finite
@@ -97,13 +101,21 @@ class PairFeatures:
     """What `extract_pairs` finds; an I that several settings share is held once."""
 
     def __init__(self, features: dict[tuple[str, Appearance | Setting], Tensor]) -> None:
-        self._features = features  # [draws, N, D], [1, N, D] for an I
+        self._features = features  # [draws, N, 2D], [1, N, 2D] for an I: class token, mean of the patch tokens
 
-    def pairs(self, encoder: str, setting: Setting) -> Tensor:
-        """[draws * N, 2D] float32 on the CPU: features of I and of g(I), concatenated; the first N are of draw one."""
-        transformed = self._features[encoder, setting]
-        original = self._features[encoder, setting.appearance].expand_as(transformed)
-        return torch.cat([original, transformed], dim=2).flatten(0, 1)
+    def of_images(self, encoder: str, appearance: Appearance, tokens: str) -> Tensor:
+        """[N, D or 2D] float32 on the CPU: features of I; tokens: one of `probes.features.MODES`."""
+        return _select(self._features[encoder, appearance], tokens)[0]
+
+    def of_transformed(self, encoder: str, setting: Setting, tokens: str) -> Tensor:
+        """[draws * N, D or 2D]: features of g(I); the first N are of draw one."""
+        return _select(self._features[encoder, setting], tokens).flatten(0, 1)
+
+    def pairs(self, encoder: str, setting: Setting, tokens: str) -> Tensor:
+        """[draws * N, 2D or 4D]: features of I and of g(I), concatenated; the first N are of draw one."""
+        transformed = self.of_transformed(encoder, setting, tokens)
+        images = self.of_images(encoder, setting.appearance, tokens)
+        return torch.cat([images.repeat(len(transformed) // len(images), 1), transformed], dim=1)
 
 
 def extract_pairs(
@@ -113,7 +125,7 @@ def extract_pairs(
     dataset: ImageDataset,
     indices: Sequence[int],
     *,
-    mode: str,
+    appearances: Sequence[Appearance] = (),
     device: torch.device,
     batch_size: int,
     num_workers: int,
@@ -127,15 +139,21 @@ def extract_pairs(
     Args:
         encoders: by name.
         theta: [draws, N, P] by task.
-        mode, half_precision: which features, and how they are computed, see `pooled_features`.
+        appearances: further ones that the features of I are wanted with.
+        half_precision: see `pooled_features`.
 
     Raises:
-        ValueError: features that are NaN or infinite.
+        ValueError: no images, or features that are NaN or infinite.
     """
+    num_images = len(indices)
+    if not num_images:
+        raise ValueError(f"{dataset.data_string!r} has no images to compute features of.")
+    share = -(-num_images // get_world_size())
+    own = np.resize(np.arange(num_images), (get_world_size(), share))[get_rank()]  # begins anew where they run out
     size = next(iter(encoders.values())).image_size
-    sides = [setting.appearance.side for setting in settings]
+    shown = list(dict.fromkeys([*(setting.appearance for setting in settings), *appearances]))
     loader = DataLoader(
-        Subset(SizedImages(dataset, size, sides), [int(index) for index in indices]),
+        Subset(SizedImages(dataset, size, [look.side for look in shown]), [int(indices[place]) for place in own]),
         batch_size=batch_size,
         num_workers=num_workers,
         worker_init_fn=init_worker,
@@ -151,31 +169,35 @@ def extract_pairs(
                     draw,
                     mean=encoder.mean,
                     std=encoder.std,
-                    mode=mode,
+                    mode="both",
                     half_precision=half_precision,
                 ).cpu()
                 for draw in images  # [draws, B, 3, S, S]
             ]
-            features.setdefault((name, key), []).append(torch.stack(rows))  # [draws, B, D]
+            features.setdefault((name, key), []).append(torch.stack(rows, dim=1))  # [B, draws, 2D]
 
-    start = 0
-    for uint8_images in tqdm(loader, unit="batch", disable=None):
+    places = torch.from_numpy(own).split(batch_size)
+    batches = tqdm(loader, unit="batch", disable=None if is_main_process() else True)
+    for place, uint8_images in zip(places, batches, strict=True):
         images = {side: batch.to(device).float() / 255 for side, batch in uint8_images.items()}
-        stop = start + len(images[size])
-        for appearance in dict.fromkeys(setting.appearance for setting in settings):
+        for appearance in shown:
             encode(appearance, _show(_centre(images[appearance.side], size), appearance)[None])
         for setting in settings:
             canvas = images[setting.appearance.side]
             moved = [
-                setting.transform.apply(canvas, draw[start:stop].to(device), (size, size))
-                for draw in theta[setting.task]
+                setting.transform.apply(canvas, draw[place].to(device), (size, size)) for draw in theta[setting.task]
             ]
             encode(setting, _show(torch.stack(moved), setting.appearance))
-        start = stop
-    whole = {key: torch.cat(batches, dim=1) for key, batches in features.items()}
+    whole = {key: gather_rows(torch.cat(rows))[:num_images].transpose(0, 1) for key, rows in features.items()}
     for found in whole.values():
         require_finite(found.flatten(0, 1))
     return PairFeatures(whole)
+
+
+def _select(features: Tensor, tokens: str) -> Tensor:
+    """Of [..., 2D]: the class token, the mean of the patch tokens, or both."""
+    cls_token, mean_patch = features.chunk(2, dim=-1)
+    return {"cls": cls_token, "mean": mean_patch, "both": features}[tokens]
 
 
 def _centre(images: Tensor, size: int) -> Tensor:

@@ -2,6 +2,14 @@
 
 from dinov2_eq.logging.metrics import MetricLogger, first_value
 from dinov2_eq.logging.setup import describe_run, setup_logging
-from dinov2_eq.logging.writable import check_writable
+from dinov2_eq.logging.writable import check_writable, disk_errors_explained, replace_text
 
-__all__ = ["MetricLogger", "check_writable", "describe_run", "first_value", "setup_logging"]
+__all__ = [
+    "MetricLogger",
+    "check_writable",
+    "describe_run",
+    "disk_errors_explained",
+    "first_value",
+    "replace_text",
+    "setup_logging",
+]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from dinov2_eq.logging.writable import replace_text
+
 FILE_NAME = "training_metrics.jsonl"
 
 
@@ -18,7 +20,7 @@ class MetricLogger:
         if path.exists():
             lines = path.read_text().splitlines()
             kept = [line for line in lines if _step_of(line) <= start_step] if start_step else []
-            path.write_text("".join(f"{line}\n" for line in kept))
+            replace_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", buffering=1)
         self._events = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
 

@@ -25,10 +25,9 @@ class _AboveProgressBar(logging.Handler):
 
 
 def setup_logging(folder: Path | None = None) -> None:
-    """Log lines of the main process go to the terminal; those of every process to `<folder>/logs/log.<rank>.txt`."""
-    handlers: list[logging.Handler] = []
-    if is_main_process():
-        handlers.append(_AboveProgressBar())
+    """Everything goes to `<folder>/logs/log.<rank>.txt`; the main process and errors of the others, to the terminal."""
+    terminal = _AboveProgressBar(logging.INFO if is_main_process() else logging.ERROR)
+    handlers: list[logging.Handler] = [terminal]
     if folder is not None:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(folder / "logs" / f"log.{get_rank()}.txt"))

@@ -1,9 +1,12 @@
 """Frozen features of images."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from dinov2_eq.distributed import gather_rows, get_rank, get_world_size
 
 MODES = ("cls", "mean", "both")
 
@@ -32,15 +35,47 @@ def pooled_features(
     """
     if mode not in MODES:
         raise ValueError(f"Unknown feature mode {mode!r}; available: {', '.join(MODES)}")
-    mean_pixel, std_pixel = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=half_precision):
-        tokens = backbone((images - mean_pixel) / std_pixel, is_training=True)
+        tokens = backbone(_normalized(images, mean, std), is_training=True)
     parts = []
     if mode != "mean":
         parts.append(tokens["x_norm_clstoken"])
     if mode != "cls":
         parts.append(tokens["x_norm_patchtokens"].float().mean(dim=1))
     return torch.cat([part.float() for part in parts], dim=1)
+
+
+@torch.no_grad()
+def block_features(
+    backbone: nn.Module,
+    images: Tensor,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    num_blocks: int,
+    half_precision: bool = False,
+) -> Tensor:
+    """What DINOv2's linear heads read, after the final norm: class tokens of the last blocks, and the mean patch token.
+
+    Args:
+        num_blocks: n, at least 1; the other arguments are those of `pooled_features`.
+
+    Returns:
+        [B, (n + 1) * D] float32: the class tokens of the last n blocks in the order of depth, then the mean of the
+        patch tokens of the last.
+
+    Raises:
+        ValueError: the backbone has fewer than n blocks.
+    """
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=half_precision):
+        blocks = backbone.get_intermediate_layers(_normalized(images, mean, std), num_blocks, return_class_token=True)
+    parts = [cls_token for _, cls_token in blocks] + [blocks[-1][0].float().mean(dim=1)]
+    return torch.cat([part.float() for part in parts], dim=1)
+
+
+def _normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    mean_pixel, std_pixel = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
+    return (images - mean_pixel) / std_pixel
 
 
 def extract_features(
@@ -61,25 +96,80 @@ def extract_features(
     Raises:
         ValueError: no images, or features that are NaN or infinite.
     """
+
+    def encode(images: Tensor) -> Tensor:
+        return pooled_features(backbone, images, mean=mean, std=std, mode=mode, half_precision=half_precision)
+
     was_training = backbone.training
     backbone.eval()
     try:
-        found = [
-            (
-                pooled_features(
-                    backbone, images.to(device), mean=mean, std=std, mode=mode, half_precision=half_precision
-                ).cpu(),
-                labels,
-            )
-            for images, labels in batches
-        ]
+        features, labels = encode_batches(encode, batches, device)
     finally:
         backbone.train(was_training)
+    require_finite(features)
+    return features, labels
+
+
+def encode_batches(
+    encode: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Features [N, D] of batches (images, labels), and labels [N], on the CPU.
+
+    Args:
+        encode: [B, 3, H, W] in [0, 1] on `device` -> [B, D].
+        batches: images as `to_unit_range` takes them.
+
+    Raises:
+        ValueError: no images.
+    """
+    found = [(encode(to_unit_range(images, device)).cpu(), labels) for images, labels in batches]
     if not found:
         raise ValueError("There are no images to compute features of; the dataset, or its chosen part, is empty.")
     features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return features, labels
+
+
+def to_unit_range(images: Tensor, device: torch.device) -> Tensor:
+    """Images on `device`, float in [0, 1]; uint8 is divided by 255 there."""
+    images = images.to(device, non_blocking=True)
+    return images if images.is_floating_point() else images.float() / 255
+
+
+def encode_together(
+    encode: Callable[[Tensor], Tensor],
+    make_batches: Callable[[np.ndarray], Iterable[tuple[Tensor, Tensor]]],
+    indices: np.ndarray,
+    device: torch.device,
+    *,
+    gather: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`encode_batches` of many images by all processes, each of which computes as many as any other.
+
+    Args:
+        make_batches: from indices to batches of their images, in order.
+        indices: [N] of the images, the same in all processes.
+        gather: every process gets the rows of all images, in the order of `indices`; otherwise those of its own share,
+            see `own_share`.
+
+    Raises:
+        ValueError: no images, or features that are NaN or infinite.
+    """
+    num_images, world_size = len(indices), get_world_size()
+    share = -(-num_images // world_size)
+    dealt = np.resize(indices, (world_size, share))  # begins anew where the images run out
+    rows = encode_batches(encode, make_batches(dealt[get_rank()]), device)
+    if gather:
+        features, labels = (gather_rows(own)[:num_images] for own in rows)
+    else:
+        features, labels = (own[: len(indices[own_share(num_images)])] for own in rows)
     require_finite(features)
     return features, labels
+
+
+def own_share(num_images: int) -> slice:
+    """Which of so many images are this process's; the last processes may have fewer, or none."""
+    share = -(-num_images // get_world_size())
+    return slice(get_rank() * share, (get_rank() + 1) * share)
 
 
 def require_finite(features: Tensor) -> None:

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2_eq.distributed import all_reduce_sum
+from dinov2_eq.probes.features import own_share
+
 MAX_SIMILARITIES = 2**25  # in memory at a time
 
 
@@ -60,12 +63,14 @@ def knn_accuracy(
 ) -> dict[int, dict[str, float]]:
     """Accuracies in per cent, {k: {"top1": ..., "top5": ...}}; top5 is left out below 5 classes.
 
-    Arguments and errors are those of `knn_predict`. A class for which nobody voted is no answer: it does not count
+    Arguments and errors are those of `knn_predict`. All processes call it with the same, and each scores its share of
+    the test images. A class for which nobody voted is no answer: it does not count
     as one of the five, so with few neighbours top5 has fewer than five guesses.
     """
-    correct = {k: torch.zeros(5) for k in ks}  # by place in the ranking
-    start = 0
-    for scores_by_k in knn_predict(train_features, train_labels, val_features, ks, temperature):
+    correct = {k: torch.zeros(5, dtype=torch.float64) for k in ks}  # by place in the ranking
+    own = own_share(len(val_features))
+    start = own.start
+    for scores_by_k in knn_predict(train_features, train_labels, val_features[own], ks, temperature):
         for k, scores in scores_by_k.items():
             best, ranking = scores.topk(min(5, scores.shape[1]), dim=1)  # [m, <= 5]
             labels = val_labels[start : start + len(scores)].to(scores.device)
@@ -74,6 +79,7 @@ def knn_accuracy(
         start += len(scores)
     accuracies = {}
     for k, hits in correct.items():
+        all_reduce_sum(hits)
         accuracies[k] = {"top1": 100 * hits[0].item() / len(val_features)}
         if len(train_labels.unique()) >= 5:
             accuracies[k]["top5"] = 100 * hits.sum().item() / len(val_features)

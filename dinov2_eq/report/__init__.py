@@ -1,6 +1,7 @@
-"""One self-contained page about one or several run folders: `load_runs`, then `render_page`."""
+"""Self-contained pages: of run folders (`load_runs`, then `render_page`), and of what `eval equivariance` measures."""
 
+from dinov2_eq.report.card import MAX_ENCODERS, render_card
 from dinov2_eq.report.page import render_page
 from dinov2_eq.report.runs import load_runs
 
-__all__ = ["load_runs", "render_page"]
+__all__ = ["MAX_ENCODERS", "load_runs", "render_card", "render_page"]

@@ -39,6 +39,7 @@ class Bar(NamedTuple):
     value: float
     reference: float | None  # drawn as a tick
     faint: bool
+    spread: float = 0.0  # to each side, drawn as a line
 
 
 def curve_panel(curves: Sequence[Curve]) -> str:
@@ -72,6 +73,9 @@ def bar_panel(bars: Sequence[Bar]) -> str:
         if bar.reference is not None:
             axes.vlines(max(bar.reference, -0.1), y - 0.39, y + 0.39, color=INK, linewidth=1.6)
             end = max(end, bar.reference)
+        if bar.spread:
+            axes.hlines(y, bar.value - bar.spread, bar.value + bar.spread, color=INK, linewidth=1.2)
+            end = max(end, bar.value + bar.spread)
         axes.text(end + 0.02, y, f"{bar.label}  {bar.value:.3f}", va="center", fontsize=8, color=INK)
     axes.set(xlim=(-0.1, 1.22), ylim=(positions[-1] + 0.6, 0.4), xticks=[0, 0.25, 0.5, 0.75, 1.0])
     axes.set_xticklabels(["0", "", "0.5", "", "1"])
@@ -80,6 +84,28 @@ def bar_panel(bars: Sequence[Bar]) -> str:
     axes.grid(axis="x", color=GRID, linewidth=0.6)
     axes.spines["left"].set_visible(False)
     axes.axvline(0, color=INK, linewidth=0.8)
+    return _svg_uri(figure)
+
+
+def angle_panel(curves: Sequence[Curve], top: float, chance: float) -> str:
+    """All curves over the angle of a full turn; returns an SVG data URI.
+
+    Args:
+        curves: `steps` are the angles in degrees, from 0; the value at 0 is drawn again at 360.
+        top: where the axis ends.
+        chance: drawn as a dashed line.
+    """
+    figure, axes = _panel(height=2.2)
+    for curve in curves:
+        angles, values = np.append(curve.steps, 360), np.append(curve.values, curve.values[0])
+        axes.plot(angles, values, color=curve.color, linewidth=1.5, marker="o", markersize=2.6, clip_on=False)
+    axes.axhline(chance, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.grid(color=GRID, linewidth=0.6)
+    axes.set(xlim=(0, 360), ylim=(0, top), xticks=range(0, 361, 90))
+    axes.set_xticks(range(0, 361, 15), minor=True)
+    axes.tick_params(which="minor", color=INK, width=0.4, length=2)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter("{x:.0f}\u00b0")
     return _svg_uri(figure)
 
 

@@ -1,45 +1,18 @@
-"""The page as a whole."""
+"""The report of runs as a whole."""
 
-import datetime
 from collections.abc import Mapping, Sequence
-from html import escape
-from string import Template
 
 from dinov2_eq.report import pictures, sections
 from dinov2_eq.report.feature_maps import PatchFeatures
-from dinov2_eq.report.html import badge
+from dinov2_eq.report.html import page
 from dinov2_eq.report.runs import Run
-from dinov2_eq.report.style import CSS
 
-PAGE = Template("""\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
-<title>$title</title>
-<style>$css</style>
-</head>
-<body>
-<header>
-<p class="kicker">dinov2_eq training report</p>
-<h1>$title</h1>
-<p><a href="#overview">What was trained</a>, <a href="#losses">how the losses went</a>,
+INTRO = """\
+<a href="#overview">What was trained</a>, <a href="#losses">how the losses went</a>,
 <a href="#knn">what k-NN finds in the features</a>, <a href="#reconstructions">what the decoders reconstruct</a>,
 <a href="#feature-maps">whether the patch features turn with the image</a>, and
 <a href="#equivariance">how well the transform can be read from them</a>. Each run keeps its letter and colour
-throughout.</p>
-</header>
-<nav aria-label="Runs">$legend</nav>
-<main>$sections</main>
-<footer>Written on $date by <code>dinov2-eq report</code>. The page holds all it shows and loads nothing.</footer>
-</body>
-</html>
-""")
-
-SECTION = Template('<section id="$anchor"><h2>$title</h2><p class="claim">$claim</p>$body</section>\n')
+throughout."""
 
 CLAIMS = {
     "overview": (
@@ -97,13 +70,13 @@ def render_page(runs: Sequence[Run], patch_features: Mapping[str, PatchFeatures]
         "feature-maps": pictures.feature_maps(runs, patch_features),
         "equivariance": sections.equivariance(runs),
     }
-    return PAGE.substitute(
-        title=escape(" and ".join(run.name for run in runs) if len(runs) <= 2 else f"{len(runs)} runs side by side"),
-        css=CSS,
-        legend="".join(f"<span>{badge(run)} {escape(run.name)}</span>" for run in runs),
-        sections="".join(
-            SECTION.substitute(anchor=anchor, title=title, claim=claim, body=bodies[anchor])
-            for anchor, (title, claim) in CLAIMS.items()
-        ),
-        date=datetime.date.today().isoformat(),
+    return page(
+        " and ".join(run.name for run in runs) if len(runs) <= 2 else f"{len(runs)} runs side by side",
+        kicker="dinov2_eq training report",
+        intro=INTRO,
+        kind="Runs",
+        shown=runs,
+        claims=CLAIMS,
+        bodies=bodies,
+        command="dinov2-eq report",
     )

@@ -9,10 +9,14 @@ from dinov2_eq.run.outcome import exit_code
 
 COMMANDS = {
     "train": ("dinov2_eq.train.train", "pretrain a backbone"),
-    "submit": ("dinov2_eq.run.submit", "run train, knn or equivariance as a job on SLURM, or in processes here"),
+    "submit": ("dinov2_eq.run.submit", "run train or an evaluation as a job on SLURM, or in processes here"),
     "eval knn": ("dinov2_eq.eval.knn", "k-NN classification with frozen features"),
+    "eval linear": ("dinov2_eq.eval.linear", "linear classification with frozen features, DINOv2's grid of heads"),
+    "eval logreg": ("dinov2_eq.eval.logreg", "logistic regression with frozen features"),
     "eval equivariance": ("dinov2_eq.eval.equivariance", "how well frozen features tell how an image was transformed"),
+    "eval all": ("dinov2_eq.eval.all", "a list of evaluations over many encoders, and one table"),
     "doctor": ("dinov2_eq.tools.doctor", "what this machine, its network and a config need before a run"),
+    "export": ("dinov2_eq.tools.export", "a run's backbone for timm, Hugging Face, ONNX and others, verified"),
     "report": ("dinov2_eq.tools.report", "one HTML page about one or several runs"),
 }
 

@@ -13,6 +13,7 @@ import submitit
 from submitit.core.utils import FailedJobError
 
 from dinov2_eq.run.job import Job
+from dinov2_eq.run.outcome import STOPPED
 
 PACKAGES = ("dinov2_eq", "dinov2_eq.eval", "dinov2_eq.tools", "dinov2_eq.configs")
 
@@ -41,6 +42,9 @@ def slurm_executor(folder: Path, max_num_timeout: int, parameters: dict[str, Any
         stderr_to_stdout=True,
         # Python looks into its working directory first, and that must not be a checkout.
         setup=[f"export PYTHONPATH={shlex.quote(module_path(folder))}", f"cd {shlex.quote(str(folder))}"],
+        # submitit acts on SIGUSR2. A run stopped by SIGTERM ends with this code: if that was an eviction, SLURM does
+        # not queue again what ended before it was killed; if it was a cancellation, this script is dead as well.
+        teardown=["code=$?", f'[ $code -eq {STOPPED} ] && scontrol requeue "$SLURM_JOB_ID"', "exit $code"],
         # Since SLURM 22.05, srun does not take this number from sbatch.
         srun_args=[f"--cpus-per-task={parameters['cpus_per_task']}"],
     )

@@ -40,8 +40,7 @@ class Job:
         """
         logging.getLogger("submitit").propagate = False  # it prints by itself
         environment = submitit.JobEnvironment()
-        # Requeues the job, from its first process. Training puts its own handler in the place of this one, saves, and
-        # stops with an exception.
+        # submitit's handler queues the job again. Training puts its own there, saves, and stops with an exception.
         requeue = signal.getsignal(signal.SIGUSR2)
         os.chdir(self.folder)
         if environment.num_tasks > 1:
@@ -54,26 +53,16 @@ class Job:
             importlib.import_module(COMMANDS[name][0]).main(rest)
         except StoppedBySignal as stop:
             code = exit_code(stop)
-            # SIGTERM needs no more: SLURM restarts the job by itself, or somebody has cancelled it.
-            if stop.signum == signal.SIGUSR2 and _requeued(requeue):
-                return
-            sys.exit(code)
+            if stop.signum != signal.SIGUSR2:
+                sys.exit(code)  # the rest is up to the script that started this process, see `slurm_executor`
+            # SLURM's answer to `scontrol requeue` is a SIGTERM for all processes, and scontrol inherits this.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            try:
+                requeue(signal.SIGUSR2, None)  # ends the first process; the others return
+            except UncompletedJobError as error:  # it has run out of time too often
+                sys.exit(f"dinov2-eq: {error}")
         except Exception as error:
             sys.exit(exit_code(error))
 
     def _argv_to_go_on(self) -> list[str]:
         return [argument for argument in self.argv if argument != START_AGAIN]
-
-
-def _requeued(handler: signal.Handlers) -> bool:
-    """Calls submitit's handler, which ends the first process, and in the others leaves it to that one.
-
-    Returns:
-        False when the job has run out of time too often.
-    """
-    try:
-        handler(signal.SIGUSR2, None)
-    except UncompletedJobError as error:
-        print(f"dinov2-eq: {error}", file=sys.stderr)
-        return False
-    return True

@@ -2,9 +2,10 @@
 
 import sys
 
+STOPPED = 4  # by a signal, after saving
 # The first row that fits counts.
 EXIT_CODES: tuple[tuple[tuple[type[Exception], ...], int], ...] = (
-    ((InterruptedError,), 4),  # stopped by a signal, after saving
+    ((InterruptedError,), STOPPED),
     ((FloatingPointError,), 3),
     ((ValueError, OSError), 2),
 )

@@ -9,9 +9,11 @@ import torch
 
 from dinov2_eq.config.load import load_config, to_yaml
 from dinov2_eq.data.datasets import build_dataset
+from dinov2_eq.evaluation.command_line import encoder_of
 from dinov2_eq.evaluation.results import results_folder
 from dinov2_eq.run.cli import COMMANDS
 from dinov2_eq.run.job import START_AGAIN
+from dinov2_eq.train import run_folder
 from dinov2_eq.train.build import build_arch, build_multi_crop, uses_half_precision
 from dinov2_eq.train.estimate import estimate_memory, plan
 from dinov2_eq.train.online_knn import build_online_knn
@@ -52,6 +54,8 @@ def check_training(argv: Sequence[str], resources: Resources, gpu_memory: float 
     config = load_config(args.config_file, args.overrides)
     if args.output_dir is None:
         raise ValueError("--output-dir is missing: name the folder that the run writes to")
+    if not args.no_resume and any((args.output_dir / run_folder.CHECKPOINTS).glob("*")):
+        run_folder.require_same_run(args.output_dir, config)
     on_gpu = resources.gpus_per_node > 0 and config.train.device != "cpu"
     half_precision = uses_half_precision(config, torch.device("cuda" if on_gpu else "cpu"))
     arch = build_arch(config, torch.device("meta"))
@@ -75,5 +79,6 @@ def check_evaluation(command: str, argv: Sequence[str]) -> Checked:
     module = importlib.import_module(COMMANDS[command][0])
     module.main([*argv, "--dry-run"])
     args = module.build_parser().parse_args(argv)
-    output_dir = results_folder(args.pretrained_weights, args.output_dir)
-    return Checked([*command.split(), *argv], None, output_dir, f"{command}: weights and data are there", args.dry_run)
+    encoder = encoder_of(args)
+    output_dir = results_folder(encoder if isinstance(encoder, str) else encoder[0], args.output_dir)
+    return Checked([*command.split(), *argv], None, output_dir, f"{command}: encoder and data are there", args.dry_run)

@@ -18,8 +18,10 @@ from dinov2_eq.run.executors import copy_code, queue_on_slurm, slurm_executor, s
 from dinov2_eq.run.job import Job
 from dinov2_eq.run.precheck import Resources, check_evaluation, check_training
 
-# What can be submitted: NAME on the command line -> the command.
-PROGRAMS = {name.removeprefix("eval "): name for name in COMMANDS if name == "train" or name.startswith("eval ")}
+# What can be submitted: NAME on the command line -> the command. `eval all` submits jobs itself.
+PROGRAMS = {"train": "train"} | {
+    name.removeprefix("eval "): name for name in COMMANDS if name.startswith("eval ") and name != "eval all"
+}
 GPUS_PER_NODE = 8
 
 
@@ -27,8 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dinov2-eq submit",
         description="Check a command, and queue it on SLURM or start it on this host.",
-        epilog="All other flags and key=value are the command's own, see 'dinov2-eq train --help'; %%j in them is the "
-        "number of the job. With its --dry-run everything is checked, and nothing queued.",
+        epilog="All other flags and key=value are the command's own, see 'dinov2-eq train --help'; %j in --output-dir "
+        "is the number of the job. With --dry-run everything is checked, and nothing queued.",
         allow_abbrev=False,
     )
     parser.add_argument("name", choices=PROGRAMS, metavar="NAME", help=", ".join(PROGRAMS))
@@ -40,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         *("--gpus-per-node", "--gpus", "--ngpus"),
         type=int,
         metavar="N",
-        help=f"a process for each; default: {GPUS_PER_NODE}, with --cluster local all, for an evaluation 1",
+        help=f"a process for each; default: {GPUS_PER_NODE}, with --cluster local all",
     )
     add("--tasks-per-node", type=positive, metavar="N", help="processes, where --gpus-per-node is 0; default: 1")
     add("--cpus-per-task", type=positive, default=10, metavar="N", help="cores of each process; default: 10")
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, rest = build_parser().parse_known_args(argv)
     command = PROGRAMS[args.name]
     cluster = "slurm" if args.print_sbatch else choose_cluster(args.cluster)
-    resources = choose_resources(args, command, cluster)
+    resources = choose_resources(args, cluster)
     if command == "train":
         checked = check_training(rest, resources, args.gpu_memory)
     else:
@@ -113,27 +115,23 @@ def choose_cluster(name: str | None) -> str:
     return name
 
 
-def choose_resources(args: argparse.Namespace, command: str, cluster: str) -> Resources:
-    """Raises ValueError where the flags contradict each other, the command or this host."""
+def choose_resources(args: argparse.Namespace, cluster: str) -> Resources:
+    """Raises ValueError where the flags contradict each other or this host."""
     gpus_here = torch.cuda.device_count()
-    one_process = command != "train" or cluster == "debug"
-    gpus = args.gpus_per_node
-    if gpus is None:
-        gpus = GPUS_PER_NODE if cluster == "slurm" else gpus_here
-        gpus = min(gpus, 1) if one_process else gpus
+    default = {"slurm": GPUS_PER_NODE, "local": gpus_here, "debug": min(gpus_here, 1)}[cluster]
+    gpus = default if args.gpus_per_node is None else args.gpus_per_node
     tasks = args.tasks_per_node or max(gpus, 1)
     if gpus and tasks != gpus:
         raise ValueError(
             f"--tasks-per-node {tasks}: each of the {gpus} GPUs of a node gets one process; leave the flag out, or "
             "give --gpus-per-node 0 for processes without a GPU"
         )
-    if one_process and args.nodes * tasks > 1:
-        what = f"--cluster {cluster}" if command == "train" else command
-        raise ValueError(f"{what} runs in one process, not in {args.nodes * tasks}; use --nodes 1 --gpus-per-node 1")
     if cluster != "slurm" and args.nodes > 1:
         raise ValueError(f"--nodes {args.nodes}: --cluster {cluster} is this host alone; use --nodes 1, or SLURM")
     if cluster != "slurm" and gpus > gpus_here:
         raise ValueError(f"--gpus-per-node {gpus}: torch sees {gpus_here} GPUs on this host")
+    if cluster == "debug" and tasks > 1:
+        raise ValueError(f"--cluster debug is one process, not {tasks}; use --cluster local for several")
     return Resources(args.nodes, gpus, tasks)
 
 
@@ -163,10 +161,15 @@ def slurm_parameters(args: argparse.Namespace, resources: Resources) -> dict[str
 
 
 def local_parameters(args: argparse.Namespace, resources: Resources) -> dict[str, Any]:
-    """What `submitit.LocalExecutor` is told."""
+    """What `submitit.LocalExecutor` is told; raises ValueError where the GPUs to use are not named by numbers."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible and resources.gpus_per_node else []
+    if not all(gpu.isdecimal() for gpu in gpus):
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: name the GPUs by numbers, such as 0,1")
     return {
         "tasks_per_node": resources.tasks_per_node,
         "gpus_per_node": resources.gpus_per_node,
+        "visible_gpus": tuple(int(gpu) for gpu in gpus),  # (): all
         "timeout_min": args.timeout,
         "signal_delay_s": args.signal_delay,
     }

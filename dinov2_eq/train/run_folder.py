@@ -12,7 +12,7 @@ from dinov2_eq.config.load import load_config, to_dict, to_yaml
 from dinov2_eq.config.schema import Config
 from dinov2_eq.distributed import is_main_process
 from dinov2_eq.fsdp import full_state
-from dinov2_eq.logging import describe_run
+from dinov2_eq.logging import describe_run, replace_text
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -78,8 +78,8 @@ def require_same_run(folder: Path, config: Config) -> None:
 def describe(folder: Path, config: Config, device: torch.device) -> None:
     """Writes the resolved config, and code and machine of this start of the run."""
     if is_main_process():
-        (folder / CONFIG).write_text(to_yaml(config))
-        (folder / "environment.json").write_text(json.dumps(describe_run(device), indent=2) + "\n")
+        replace_text(folder / CONFIG, to_yaml(config))
+        replace_text(folder / "environment.json", json.dumps(describe_run(device), indent=2) + "\n")
 
 
 def write_teacher(folder: Path, teacher: nn.Module, config: Config, step: int) -> None:
@@ -90,6 +90,7 @@ def write_teacher(folder: Path, teacher: nn.Module, config: Config, step: int) -
     path = folder / "eval" / f"training_{step}" / "teacher_checkpoint.pth"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".writing")
-    torch.save({"teacher": weights, "config": to_dict(config), "step": step}, temporary)
+    with temporary.open("wb") as file:  # not by name: torch would not tell why it cannot write
+        torch.save({"teacher": weights, "config": to_dict(config), "step": step}, file)
     os.replace(temporary, path)
     logger.info("wrote %s", path)

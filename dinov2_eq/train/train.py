@@ -16,10 +16,11 @@ from dinov2_eq.data.corrupt import CorruptCounter
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.data.loaders import to_device
 from dinov2_eq.data.seeding import Stream, seed_for
+from dinov2_eq.data.workers import worker_deaths_explained
 from dinov2_eq.distributed import from_main_process, get_local_world_size, get_rank, get_world_size, pick_device
 from dinov2_eq.distributed.launch import find_launch, process_group
 from dinov2_eq.distributed.signals import StoppedBySignal, StopRequest
-from dinov2_eq.logging import check_writable, setup_logging
+from dinov2_eq.logging import check_writable, disk_errors_explained, setup_logging
 from dinov2_eq.train import run_folder
 from dinov2_eq.train.build import (
     build_arch,
@@ -92,7 +93,11 @@ def do_train(config: Config, output_dir: Path, *, resume: bool = True) -> None:
         setup_logging(output_dir)
         folder = output_dir / run_folder.CHECKPOINTS
         kept, kept_for_ever = config.train.keep_checkpoints, config.train.keep_checkpoint_every_steps
-        with closing(Checkpointer(folder, kept, kept_for_ever)) as checkpointer:
+        with (
+            closing(Checkpointer(folder, kept, kept_for_ever)) as checkpointer,
+            worker_deaths_explained(),
+            disk_errors_explained(output_dir),
+        ):
             _train(config, output_dir, device, checkpointer, stop, resume)
 
 

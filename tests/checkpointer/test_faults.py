@@ -1,6 +1,5 @@
 """What a killed process, a full disk and an unwritable folder leave of the checkpoints."""
 
-import errno
 import logging
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from dinov2_eq.checkpointer import Checkpointer
+from tests.disks import fill, remount
 
 KILLED = """
 import sys, time, torch
@@ -87,10 +87,7 @@ def test_a_disk_too_full_for_a_folder(small_disk):
     checkpointer = Checkpointer(small_disk / "checkpoints", keep=1)
     checkpointer.save(1, state(1, SMALL))
     checkpointer.wait()
-    with pytest.raises(OSError) as full, (small_disk / "filler").open("wb", buffering=0) as filler:
-        while True:
-            filler.write(bytes(2**12))
-    assert full.value.errno == errno.ENOSPC
+    fill(small_disk)
     checkpointer.save(2, state(2, SMALL))
     with pytest.raises(OSError, match="2 could not be written: No space left on device"):
         checkpointer.wait()
@@ -101,7 +98,7 @@ def test_a_folder_that_became_read_only(small_disk, caplog):
     checkpointer = Checkpointer(small_disk / "checkpoints", keep=2)
     checkpointer.save(1, state(1, SMALL))
     checkpointer.wait()
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    remount(small_disk, "ro")
     checkpointer.save(2, state(2, SMALL))
     checkpointer.save(3, state(3, SMALL))
     assert "checkpoints/2 could not be written: Read-only file system" in caplog.text

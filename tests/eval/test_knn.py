@@ -10,6 +10,7 @@ from dinov2_eq.config.load import load_config, to_dict
 from dinov2_eq.data.datasets import DataError
 from dinov2_eq.eval import knn
 from dinov2_eq.models import build_backbone
+from tests.processes import run_ranks
 
 TRAIN, VAL = "Shapes:split=TRAIN:num=48:size=32", "Shapes:split=VAL:num=24:size=32"
 
@@ -61,6 +62,8 @@ def test_subsets_hold_so_many_images_of_each_class():
     assert torch.equal(first, knn.draw_subsets(labels, 3, n_tries=1)[0])
     with pytest.raises(ValueError, match="--n-per-class-list 0"):
         knn.draw_subsets(labels, 0, 1)
+    with pytest.raises(ValueError, match="--n-per-class-list 11 is more than 4 of the 4 classes have"):
+        knn.draw_subsets(labels, 11, 1)
 
 
 def test_max_images_and_output_dir(run_folder, tmp_path):
@@ -82,7 +85,36 @@ def test_temperature(run_folder):
         run(run_folder, "--temperature", "0")
 
 
-@pytest.mark.parametrize("program", ["knn", "equivariance"])
+def run_in_a_process(argv):
+    knn.main(argv)
+
+
+def test_two_processes_equal_one(run_folder, tmp_path):
+    flags = ["--nb_knn", "1", "5", "20", "--n-per-class-list", "-1", "2"]
+    one = run(run_folder, *flags, val=VAL.replace("24", "23"))
+    common = ["--encoder", str(run_folder), "--num-workers", "0", "--device", "cpu", "--output-dir", str(tmp_path)]
+    data = ["--train-dataset", TRAIN, "--val-dataset", VAL.replace("24", "23")]
+    run_ranks(run_in_a_process, 2, [*common, *data, *flags])
+    two = json.loads((tmp_path / "results_eval_knn.json").read_text())
+    assert two["results"] == one["results"] and two["protocol"]["num_val_images"] == 23
+    assert two["protocol"]["processes"] == 2
+
+
+def test_broken_weights(tmp_path, run_folder):
+    path = run_folder / "eval" / "training_3" / "teacher_checkpoint.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["teacher"]["backbone.norm.weight"].fill_(torch.nan)
+    torch.save(checkpoint, tmp_path / "teacher_checkpoint.pth")
+    with pytest.raises(ValueError, match="features of 48 of 48 images are NaN or infinite"):
+        run(tmp_path)
+
+
+def test_classes_that_training_lacks(run_folder):
+    with pytest.raises(DataError, match=r"2 of the 10 classes of .* have no image in"):
+        run(run_folder, train="Shapes:split=TRAIN:num=8:size=32")
+
+
+@pytest.mark.parametrize("program", ["knn", "linear", "logreg", "equivariance"])
 def test_runs_as_a_script(program):
     script = Path(__file__).parents[2] / "eval" / f"{program}.py"
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dinov2_eq.evaluation.results import results_folder, write_results
+from dinov2_eq.evaluation.results import publish, results_folder, write_results
 
 
 def test_writes_json_into_a_new_folder_and_leaves_nothing_else(tmp_path):
@@ -36,3 +36,21 @@ def test_default_folder(tmp_path):
 def test_weights_that_do_not_exist(tmp_path, output_dir):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         results_folder(tmp_path / "a" / "typo", output_dir and tmp_path / output_dir)
+
+
+@pytest.mark.parametrize("encoder", ["timm:vit_small_patch16_224", "hf:org/name", "random:vit_tiny/8@32"])
+def test_an_encoder_without_a_folder(encoder, tmp_path):
+    assert results_folder(encoder, tmp_path) == tmp_path
+    with pytest.raises(ValueError, match=f"--output-dir is missing: {encoder} "):
+        results_folder(encoder, None)
+
+
+def test_a_folder_with_a_colon(tmp_path):
+    (tmp_path / "run:3").mkdir()
+    assert results_folder(tmp_path / "run:3", None) == tmp_path / "run:3"
+
+
+def test_publishing(tmp_path, capsys):
+    publish(tmp_path / "results.json", {"top1": 1.5}, "the table")
+    assert json.loads((tmp_path / "results.json").read_text()) == {"top1": 1.5}
+    assert capsys.readouterr().out.splitlines() == ["the table", str(tmp_path / "results.json")]

@@ -4,9 +4,12 @@ from torch import nn
 
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.data.loaders import make_eval_loader
+from dinov2_eq.distributed.launch import find_launch, process_group
 from dinov2_eq.equivariance.transforms import build_transform
 from dinov2_eq.evaluation.encoder import Encoder
-from dinov2_eq.evaluation.transformed_pairs import SizedImages, draw_theta, extract_pairs, settings_of
+from dinov2_eq.evaluation.transformed_pairs import Appearance, SizedImages, draw_theta, extract_pairs, settings_of
+from dinov2_eq.probes.features import MODES
+from tests.processes import run_ranks
 
 SIZE = 16
 TASKS = {name: build_transform(name) for name in ("rotation", "translation", "color_jitter", "blur")}
@@ -17,7 +20,7 @@ class Pixels(nn.Module):
     """Its "class token" is the image, so pairs hold the pixels that an encoder would see."""
 
     def forward(self, x, masks=None, is_training=False):
-        return {"x_norm_clstoken": x.flatten(1), "x_norm_patchtokens": x.flatten(2).transpose(1, 2)}
+        return {"x_norm_clstoken": x.flatten(1), "x_norm_patchtokens": -x.flatten(1)[:, None]}
 
 
 class White(torch.utils.data.Dataset):
@@ -45,13 +48,12 @@ def extract(dataset, tasks, draws=1, batch_size=4, encoders=None, num_images=6):
         theta,
         dataset,
         range(num_images),
-        mode="cls",
         device=torch.device("cpu"),
         batch_size=batch_size,
         num_workers=0,
     )
     pairs = {
-        (setting.task, setting.border): features.pairs("trained", setting).unflatten(1, (2, 3, SIZE, SIZE))
+        (setting.task, setting.border): features.pairs("trained", setting, "cls").unflatten(1, (2, 3, SIZE, SIZE))
         for setting in settings
     }
     return pairs, theta
@@ -112,13 +114,53 @@ def test_two_encoders_see_the_same():
         theta,
         dataset,
         range(3),
-        mode="both",
         device=torch.device("cpu"),
         batch_size=2,
         num_workers=0,
     )
-    first, second = (features.pairs(name, settings[0]) for name in encoders)
-    assert torch.equal(first, second) and first.shape == (3, 2 * (3 * SIZE * SIZE + 3))
+    first, second = (features.pairs(name, settings[0], "both") for name in encoders)
+    assert torch.equal(first, second) and first.shape == (3, 2 * 2 * 3 * SIZE * SIZE)
+
+
+def test_tokens_are_parts_of_one_forward():
+    settings = settings_of("blur", TASKS["blur"], SIZE)
+    theta = {"blur": draw_theta("blur", TASKS["blur"], 3, 2, "train")}
+    wide = Appearance(SIZE + 4, None)
+    features = extract_pairs(
+        {"trained": pixel_encoder()},
+        settings,
+        theta,
+        build_dataset("Shapes:num=3:size=16"),
+        range(3),
+        appearances=[wide],
+        device=torch.device("cpu"),
+        batch_size=2,
+        num_workers=0,
+    )
+    cls_token, mean_patch, both = (features.of_transformed("trained", settings[0], kind) for kind in MODES)
+    assert torch.equal(mean_patch, -cls_token) and torch.equal(both, torch.cat([cls_token, mean_patch], dim=1))
+    assert cls_token.shape == (2 * 3, 3 * SIZE * SIZE)
+    image = features.of_images("trained", settings[0].appearance, "cls")
+    assert torch.equal(features.pairs("trained", settings[0], "cls")[:3, : 3 * SIZE * SIZE], image)
+    assert not torch.equal(features.of_images("trained", wide, "cls"), image)
+
+
+def extract_on_rank(num_images):
+    with process_group(find_launch(), torch.device("cpu"), 60):
+        pairs, _ = extract(build_dataset(f"Shapes:num={num_images}:size=16"), ["rotation"], 2, 2, None, num_images)
+        return {"/".join(key): rows.numpy() for key, rows in pairs.items()}
+
+
+def test_three_processes_find_what_one_does():
+    expected, _ = extract(build_dataset("Shapes:num=7:size=16"), ["rotation"], draws=2, num_images=7)
+    for found in run_ranks(extract_on_rank, 3, 7):
+        for key, rows in expected.items():
+            torch.testing.assert_close(torch.from_numpy(found["/".join(key)]), rows)
+
+
+def test_no_images():
+    with pytest.raises(ValueError, match="has no images"):
+        extract(build_dataset("Shapes:num=7:size=16"), ["blur"], num_images=0)
 
 
 def test_theta_is_fixed_and_differs_between_splits():

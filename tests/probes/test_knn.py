@@ -6,12 +6,18 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
+from dinov2_eq.distributed.launch import find_launch, process_group
 from dinov2_eq.probes import knn
 from dinov2_eq.probes.knn import knn_accuracy, knn_predict
+from tests.processes import run_ranks
 
 
-@pytest.fixture
-def data():
+@pytest.fixture(name="data")
+def clusters():
+    return make_clusters()
+
+
+def make_clusters():
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(7, 12, generator=generator)
     train_labels, val_labels = (torch.randint(7, (n,), generator=generator) for n in (120, 60))
@@ -73,3 +79,23 @@ def test_validation_labels_unknown_to_training_are_wrong_not_an_error(data):
 def test_too_many_neighbours(data):
     with pytest.raises(ValueError, match=r"k = 121, 500 cannot vote among 120 training images"):
         knn_accuracy(*data, [5, 121, 500])
+
+
+def test_separable_data_reach_100_percent_and_shuffled_labels_give_chance(data):
+    train, train_labels, val, val_labels = data
+    assert knn_accuracy(train, train_labels, train, train_labels, [1])[1]["top1"] == 100
+    centres = torch.eye(7, 12)
+    assert knn_accuracy(centres, torch.arange(7), centres[val_labels], val_labels, [1])[1]["top1"] == 100
+    shuffled = val_labels[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
+    assert knn_accuracy(train, train_labels, val, shuffled, [20])[20]["top1"] == pytest.approx(100 / 7, abs=12)
+    assert knn_accuracy(train, train_labels, val, val_labels, [20])[20]["top1"] > 60
+
+
+def measure_shares():
+    train, train_labels, val, val_labels = make_clusters()
+    with process_group(find_launch(), torch.device("cpu"), 30):
+        return [knn_accuracy(train, train_labels, val[:n], val_labels[:n], [1, 20]) for n in (60, 59, 2)]
+
+
+def test_three_processes_equal_one():
+    assert run_ranks(measure_shares, 3) == [measure_shares()] * 3

@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image
 from dinov2_eq.config.schema import Config
 from dinov2_eq.report import load_runs, render_page
 from tests.browser import needs_browser, opened, require_sound
+from tests.report.reading import Page
 
 STEPS = (0, 50, 100)
 
@@ -84,25 +84,6 @@ def color_features(images: np.ndarray) -> np.ndarray:
     """Patch tokens that turn with the image: the mean colour of each 4-pixel patch."""
     batch, height, width, _ = images.shape
     return images.reshape(batch, height // 4, 4, width // 4, 4, 3).mean(axis=(2, 4))
-
-
-class Page(HTMLParser):
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.images: list[dict[str, str | None]] = []
-        self.addresses: list[str | None] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        found = dict(attributes)
-        if tag == "img":
-            self.images.append(found)
-        self.addresses += [found[name] for name in ("src", "href") if name in found]
-        assert tag != "script"
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
 """`dinov2-eq submit` without a cluster: what it asks SLURM for, what it refuses, and jobs on this host."""
 
 import importlib
+import inspect
 import json
 import pickle
 import re
+import shlex
 import time
 from pathlib import Path
 
@@ -12,11 +14,13 @@ import pytest
 from dinov2_eq.config.load import load_config
 from dinov2_eq.run.cli import COMMANDS, main
 from dinov2_eq.run.job import Job
-from dinov2_eq.run.submit import PROGRAMS, build_parser
+from dinov2_eq.run.precheck import Resources
+from dinov2_eq.run.submit import PROGRAMS, build_parser, local_parameters
 from dinov2_eq.train.train import do_train
 from tests.helpers import TINY, tiny_config
 
 TRAIN = ["submit", "train", "--config-file", "debug", "--output-dir", "run", *TINY]
+GUIDE = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text()
 DATA = ["--train-dataset", "Shapes:split=TRAIN:num=24:size=32", "--val-dataset", "Shapes:split=VAL:num=12:size=32"]
 
 
@@ -30,7 +34,7 @@ def host_without_slurm(tmp_path, monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
-    do_train(tiny_config(), folder)
+    do_train(tiny_config("student.depth=4"), folder)  # as many blocks as `eval linear` reads
     return folder
 
 
@@ -92,6 +96,16 @@ def test_any_parameter_of_sbatch(capsys):
     assert "#SBATCH --ntasks-per-node=8" in lines
 
 
+@pytest.mark.parametrize("line", re.findall(r"^dinov2-eq submit .*", GUIDE.replace("\\\n", ""), re.MULTILINE))
+def test_commands_of_the_guide(line, run_folder, capsys):
+    line = re.sub(r"ImageNet:split=\w+:root=\S+", "Shapes:split=TRAIN", line)
+    line = line.replace("--pretrained-weights runs/large", f"--pretrained-weights {run_folder}")
+    command = shlex.split(line, comments=True)[1:]
+    data = ["train.dataset_path=Shapes:split=TRAIN"] if command[1] == "train" else []  # the recipes want ImageNet
+    assert main([*command, "--print-sbatch", *data]) == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash")
+
+
 def test_names_that_dinov2_has(capsys):
     for flags in ("--ngpus 4 --nodes 2", "--gpus 4 --nnodes 2", "--gpus-per-node 4 --nodes 2"):
         lines = script(capsys, *flags.split())
@@ -121,7 +135,7 @@ def test_the_plan_counts_all_processes(capsys):
         (["--cluster", "slurm"], "sbatch is not on PATH"),
         (["--gpus-per-node", "64"], "--gpus-per-node 64: torch sees"),
         (["--print-sbatch", "--tasks-per-node", "2"], "--tasks-per-node 2: each of the 8 GPUs"),
-        (["--cluster", "debug", "--tasks-per-node", "2"], "--cluster debug runs in one process, not in 2"),
+        (["--cluster", "debug", "--tasks-per-node", "2"], "--cluster debug is one process, not 2"),
         (["--gpu-memory", "0.01"], "more than 90% of --gpu-memory 0.01"),
     ],
 )
@@ -132,13 +146,27 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(arguments, message, caps
     assert list(Path().iterdir()) == []
 
 
-def test_an_evaluation_runs_in_one_process(run_folder, capsys):
-    weights = ["--pretrained-weights", str(run_folder), *DATA]
-    assert main(["submit", "knn", "--print-sbatch", *weights]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "#SBATCH --gpus-per-node=1" in lines and "#SBATCH --ntasks-per-node=1" in lines
-    assert main(["submit", "knn", "--print-sbatch", "--nodes", "2", *weights]) == 2
-    assert "eval knn runs in one process, not in 2" in capsys.readouterr().err
+@pytest.mark.parametrize("command", [command for command in PROGRAMS.values() if command != "train"])
+def test_every_evaluation_shares_its_work_among_the_processes_of_a_job(command):
+    assert "with evaluation_processes(args)" in inspect.getsource(importlib.import_module(COMMANDS[command][0]).main)
+
+
+def test_a_run_that_could_not_go_on_is_refused(run_folder, capsys):
+    command = [
+        "submit",
+        "train",
+        "--config-file",
+        "debug",
+        *TINY,
+        "--dry-run",
+        "--output-dir",
+        str(run_folder),
+        "student.depth=4",
+    ]
+    assert main(command) == 0
+    assert main([*command, "train.seed=1"]) == 2
+    assert "train.seed was 0, now 1" in capsys.readouterr().err
+    assert main([*command, "train.seed=1", "--no-resume"]) == 0
 
 
 @pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "train"])
@@ -146,7 +174,7 @@ def test_evaluations_check_without_computing(name, run_folder, tmp_path, capsys)
     before = sorted(run_folder.rglob("*"))
     command = ["submit", name, "--dry-run", "--output-dir", str(tmp_path / "out"), *DATA]
     assert main([*command, "--pretrained-weights", str(run_folder)]) == 0
-    assert "weights and data are there" in capsys.readouterr().out
+    assert "encoder and data are there" in capsys.readouterr().out
     assert sorted(run_folder.rglob("*")) == before and list(tmp_path.iterdir()) == []
     assert main([*command, "--pretrained-weights", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
@@ -158,6 +186,16 @@ def test_no_flag_means_two_things(name):
     program = importlib.import_module(COMMANDS[PROGRAMS[name]][0]).build_parser()
     flags = [set(parser._option_string_actions) - {"-h", "--help"} for parser in (program, build_parser())]
     assert not flags[0] & flags[1]
+
+
+def test_gpus_that_are_not_this_users_stay_hidden(monkeypatch):
+    args = build_parser().parse_args(["train"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert local_parameters(args, Resources(1, 2, 2))["visible_gpus"] == (4, 5)
+    assert local_parameters(args, Resources(1, 0, 1))["visible_gpus"] == ()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-0a1b")
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=GPU-0a1b: name the GPUs by numbers"):
+        local_parameters(args, Resources(1, 1, 1))
 
 
 def test_a_job_holds_strings_only():

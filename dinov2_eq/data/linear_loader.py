@@ -1,0 +1,111 @@
+"""Images for linear classifiers: an endless stream of random crops, and whole images in order."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import transforms
+
+from dinov2_eq.data.crops import crop_resized, draw_crop_box
+from dinov2_eq.data.datasets import DataError, ImageDataset, UnreadableImage
+from dinov2_eq.data.loaders import EvaluationSamples
+from dinov2_eq.data.samplers import StreamSampler
+from dinov2_eq.data.seeding import Stream, torch_generator
+from dinov2_eq.data.workers import init_worker
+
+CROP_SCALE = (0.08, 1.0)  # share of the image's area
+FLIP_PROBABILITY = 0.5
+
+
+class RandomCrops(Dataset[tuple[Tensor, int]]):
+    """Random resized crops [3, S, S] uint8, flipped half the time, with labels.
+
+    A crop depends on (seed, position of the stream) and its image only.
+    """
+
+    def __init__(self, dataset: ImageDataset, indices: np.ndarray, labels: Tensor, image_size: int, seed: int) -> None:
+        self.dataset = dataset
+        self.indices = indices
+        self.labels = labels
+        self.image_size = image_size
+        self.seed = seed
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
+        position, number = place
+        try:
+            image = self.dataset.read(int(self.indices[number]))
+        except UnreadableImage as error:
+            raise DataError(f"Cannot evaluate on an image that cannot be read: {error}. Repair or remove it.") from None
+        generator = torch_generator(Stream.SAMPLE, self.seed, position)
+        pixels = crop_resized(image, draw_crop_box(image.size, CROP_SCALE, generator), (self.image_size,) * 2)
+        if torch.rand(1, generator=generator).item() < FLIP_PROBABILITY:
+            pixels = pixels[:, ::-1]
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), int(self.labels[number])
+
+
+def make_linear_loader(
+    dataset: ImageDataset,
+    indices: np.ndarray,
+    labels: Tensor,
+    image_size: int,
+    *,
+    seed: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    start_position: int = 0,
+    num_workers: int = 0,
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """An endless loader of (images [B, 3, S, S] uint8, labels [B] int64) for one process.
+
+    The batches of all processes together do not depend on their number, nor on `num_workers`, and a loader that starts
+    at `start_position` goes on as if it had never stopped.
+
+    Args:
+        indices: [N] of the images of `dataset` that are used, ascending.
+        labels: [N] int64.
+        batch_size: images of one process.
+        start_position: number of samples that all processes together have seen already.
+
+    Raises:
+        DataError: while iterating, when an image cannot be read.
+    """
+    chunk_ends = None if dataset.chunk_ends is None else np.searchsorted(indices, dataset.chunk_ends)
+    return DataLoader(
+        RandomCrops(dataset, indices, labels, image_size, seed),
+        batch_size=batch_size,
+        sampler=StreamSampler(len(indices), seed, batch_size, rank, world_size, start_position, chunk_ends),
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=init_worker,
+        generator=torch.Generator(),
+    )
+
+
+class WholeImages(EvaluationSamples):
+    """Resizes the short side to S, where k-NN and linear heads see the centre of a larger image."""
+
+    def __init__(self, dataset: ImageDataset, image_size: int) -> None:
+        super().__init__(dataset, image_size)
+        self.preprocess = transforms.Compose(
+            [
+                transforms.Resize(image_size, interpolation=transforms.InterpolationMode.BICUBIC),
+                transforms.CenterCrop(image_size),
+                transforms.PILToTensor(),
+            ]
+        )
+
+
+def make_whole_image_loader(
+    dataset: ImageDataset, indices: Sequence[int], image_size: int, batch_size: int, num_workers: int = 0
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """As `make_eval_loader`, with the short side resized to S: DINOv2's images for logistic regression."""
+    return DataLoader(
+        Subset(WholeImages(dataset, image_size), [int(index) for index in indices]),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        worker_init_fn=init_worker,
+        generator=torch.Generator(),
+    )

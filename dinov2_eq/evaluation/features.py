@@ -1,0 +1,79 @@
+"""Frozen features of datasets, computed by all processes of an evaluation together."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dinov2_eq.data.loaders import make_eval_loader
+from dinov2_eq.distributed import is_main_process
+from dinov2_eq.evaluation.encoder import Encoder
+from dinov2_eq.evaluation.labelled import LabelledImages
+from dinov2_eq.probes.features import block_features, encode_together, pooled_features
+
+# What the loaders show, for results files: `make_eval_loader` and `make_whole_image_loader`.
+CENTRE = "short side to 256/224 of the input size (up to 64 pixels: to the input size), bicubic, centre crop"
+WHOLE = "short side to the input size, bicubic, centre crop"
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureExtractor:
+    """Features of one encoder, whose backbone moves to `device`; all processes call the methods together.
+
+    Args:
+        batch_size: images in one forward of one process.
+        half_precision: run the backbone under bfloat16 autocast.
+        make_loader: `make_eval_loader`, or `make_whole_image_loader`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        device: torch.device,
+        *,
+        batch_size: int,
+        num_workers: int,
+        half_precision: bool = False,
+        make_loader: Callable[..., Iterable[tuple[Tensor, Tensor]]] = make_eval_loader,
+    ) -> None:
+        self.encoder = encoder
+        self.device = device
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.make_loader = make_loader
+        self._shared = {"mean": encoder.mean, "std": encoder.std, "half_precision": half_precision}
+        encoder.backbone.to(device)
+
+    def pooled(self, images: LabelledImages, mode: str = "cls") -> Tensor:
+        """`pooled_features` of all images, [N, D or 2D] on the CPU, in every process.
+
+        Raises:
+            ValueError: features that are NaN or infinite, no images, or one that cannot be read.
+        """
+        return self._extract(partial(pooled_features, self.encoder.backbone, mode=mode, **self._shared), images)
+
+    def own_blocks(self, images: LabelledImages, num_blocks: int) -> Tensor:
+        """`block_features` of this process's share of the images (see `own_share`), on the CPU; raises as `pooled`."""
+        return self._extract(partial(self.encode_blocks, num_blocks=num_blocks), images, gather=False)
+
+    def encode_blocks(self, pixels: Tensor, num_blocks: int) -> Tensor:
+        """`block_features` of pixels [B, 3, S, S] in [0, 1] on the device of the encoder."""
+        return block_features(self.encoder.backbone, pixels, num_blocks=num_blocks, **self._shared)
+
+    def _extract(self, encode: Callable[[Tensor], Tensor], images: LabelledImages, gather: bool = True) -> Tensor:
+        def make_batches(indices: np.ndarray) -> Iterable[tuple[Tensor, Tensor]]:
+            size = self.encoder.image_size
+            loader = self.make_loader(images.dataset, indices, size, self.batch_size, self.num_workers)
+            return tqdm(loader, unit="batch", disable=None if is_main_process() else True)
+
+        started = time.perf_counter()
+        features, _ = encode_together(encode, make_batches, images.indices, self.device, gather=gather)
+        seconds = time.perf_counter() - started
+        logger.info("%s: features of %d images, %.0f s", images.dataset.data_string, len(images.indices), seconds)
+        return features

@@ -1,0 +1,109 @@
+"""Training of a grid of linear heads that goes on where it was interrupted."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2_eq.distributed import from_main_process, is_main_process
+from dinov2_eq.distributed.signals import StoppedBySignal, StopRequest
+from dinov2_eq.probes.linear import GridTraining
+
+RUNNING_CHECKPOINT = "running_checkpoint_linear_eval.pth"
+KEPT_CHECKPOINT = "checkpoint_linear_eval_{step}.pth"
+
+logger = logging.getLogger(__name__)
+
+
+class GridCheckpoints:
+    """Heads, optimizer and step in a folder, with the settings that they belong to.
+
+    Args:
+        settings: by name; what a checkpoint and the command that goes on from it must agree on.
+    """
+
+    def __init__(self, folder: Path, training: GridTraining, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.training = training
+        self.settings = json.loads(json.dumps(settings))  # tuples become lists, as they would in the file
+        self.history: list[dict[str, Any]] = []  # scores so far
+
+    def save(self, name: str) -> None:
+        """The main process writes the whole file, or none of it."""
+        if is_main_process():
+            path, temporary = self.folder / name, self.folder / f"{name}.writing"
+            state = {"training": self.training.state_dict(), "settings": self.settings, "history": self.history}
+            torch.save(state, temporary)
+            os.replace(temporary, path)
+
+    def resume(self) -> None:
+        """Loads the running checkpoint, if there is one; a finished one of other settings is left to be replaced.
+
+        Raises:
+            ValueError: an interrupted evaluation with other settings left it.
+        """
+        path = self.folder / RUNNING_CHECKPOINT
+        if not from_main_process(path.exists):
+            return
+        # The file may be on the main process's own disk.
+        found = from_main_process(lambda: torch.load(path, map_location="cpu", weights_only=True))
+        before = found["settings"]
+        changes = [
+            f"{name} was {before.get(name)!r} and is now {value!r}"
+            for name, value in self.settings.items()
+            if before.get(name) != value
+        ]
+        if changes and found["training"]["step"] == found["training"]["num_steps"]:
+            logger.info("%s is of a finished evaluation with other settings and will be replaced: %s", path, changes[0])
+            return
+        if changes:
+            raise ValueError(
+                f"{path} belongs to another evaluation, which was interrupted: {changes[0]}. Choose another "
+                "--output-dir, or --no-resume to start again"
+            )
+        self.training.load_state_dict(found["training"])
+        self.history = found["history"]
+        logger.info("going on after step %d of %d, from %s", self.training.step, self.training.num_steps, path)
+
+
+def train_grid(
+    batches: Iterable[tuple[Tensor, Tensor]],
+    checkpoints: GridCheckpoints,
+    score: Callable[[], dict[str, Any]],
+    *,
+    score_period: int,
+    epoch_length: int,
+    keep_every_epochs: int,
+    device: torch.device,
+) -> None:
+    """Trains to the last step; a running checkpoint is written after each epoch.
+
+    Args:
+        batches: features and labels on `device`, from the next step on; see `GridTraining.update`.
+        score: what goes into the history every `score_period` steps, and after the last.
+        epoch_length: in steps.
+        keep_every_epochs: after so many, a copy of the checkpoint stays for ever.
+
+    Raises:
+        StoppedBySignal: SIGTERM or SIGUSR2 reached a process; a checkpoint of this step is written.
+    """
+    training = checkpoints.training
+    with StopRequest() as stop:
+        for features, labels in islice(batches, training.num_steps - training.step):
+            training.update(features, labels)
+            done, last = training.step, training.step == training.num_steps
+            if done % score_period == 0 or last:
+                checkpoints.history.append({"iteration": done, **score()})
+            signum = stop.agreed(device)
+            if done % epoch_length == 0 or last or signum:
+                checkpoints.save(RUNNING_CHECKPOINT)
+            if done % (epoch_length * keep_every_epochs) == 0:
+                checkpoints.save(KEPT_CHECKPOINT.format(step=done))
+            if signum and not last:
+                raise StoppedBySignal(signum, done)

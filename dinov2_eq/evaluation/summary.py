@@ -1,0 +1,101 @@
+"""Many results files as one table: a row for each encoder, a column for each number."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dinov2_eq.evaluation.results import write_results
+
+
+class Entry(NamedTuple):
+    """One evaluation of one encoder."""
+
+    encoder: str
+    evaluation: str
+    state: str  # done, failed, submitted or missing
+    numbers: dict[str, float]
+    note: str = ""  # why it failed
+
+
+def numbers_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a results file by name: accuracies, or R2 by task and border of the encoder itself."""
+    if "rows" not in results:
+        return dict(_leaves(results["results"]))
+    rows = results["rows"]
+    own = [row for row in rows if row["encoder"] == rows[0]["encoder"]]
+    means = [row for row in results["summary"] if row["encoder"] == rows[0]["encoder"]]
+    found = {f"R2 {_words(row, 'task', 'border', 'tokens', 'head')}": row["r2_pooled"] for row in own}
+    return found | {f"R2 {row['name']}": row["r2_pooled"] for row in means}
+
+
+def _words(row: Mapping[str, Any], *keys: str) -> str:
+    return " ".join(str(row[key]) for key in keys if key in row)
+
+
+def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, inner in value.items():
+        name = f"{prefix} {key}".strip()
+        if isinstance(inner, Mapping):
+            yield from _leaves(inner, name)
+        elif isinstance(inner, (int, float)):
+            yield name, float(inner)
+
+
+def write_summary(folder: Path, entries: Sequence[Entry]) -> str:
+    """Writes summary.json, .csv, .md and .html to `folder`; returns the Markdown."""
+    columns = list(dict.fromkeys((entry.evaluation, name) for entry in entries for name in entry.numbers))
+    encoders = list(dict.fromkeys(entry.encoder for entry in entries))
+    found = {(entry.encoder, entry.evaluation, name): n for entry in entries for name, n in entry.numbers.items()}
+    header = ["encoder", *(f"{evaluation}: {name}" for evaluation, name in columns)]
+    rows = [
+        [encoder, *(_cell(found.get((encoder, *column))) for column in columns)]  # no number: the cell stays empty
+        for encoder in encoders
+    ]
+    problems = [
+        f"{entry.encoder}, {entry.evaluation}: {entry.state}{'; ' if entry.note else ''}{entry.note}"
+        for entry in entries
+        if entry.state != "done"
+    ]
+    write_results(folder / "summary.json", {"entries": [entry._asdict() for entry in entries]})
+    with (folder / "summary.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    markdown = _markdown(header, rows, problems)
+    (folder / "summary.md").write_text(markdown)
+    (folder / "summary.html").write_text(_html(header, rows, problems))
+    return markdown
+
+
+def read_numbers(folder: Path) -> dict[str, float]:
+    """Of the results files in a folder."""
+    numbers: dict[str, float] = {}
+    for path in sorted(folder.glob("results_eval_*.json")):
+        numbers |= numbers_of(json.loads(path.read_text()))
+    return numbers
+
+
+def _cell(number: float | None) -> str:
+    return "" if number is None else f"{number:.4g}"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], problems: Sequence[str]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return text + "".join(f"\n- {problem}" for problem in problems) + ("\n" if problems else "")
+
+
+def _html(header: Sequence[str], rows: Sequence[Sequence[str]], problems: Sequence[str]) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>\n"
+
+    listed = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
+    return (
+        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Evaluations</title>\n'
+        "<style>body{font:16px/1.5 sans-serif;margin:2rem}table{border-collapse:collapse}"
+        "th,td{padding:.2rem .8rem;border-bottom:1px solid #ccc;text-align:right}"
+        "th:first-child,td:first-child{text-align:left}</style>\n"
+        f"<h1>Evaluations</h1>\n<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+        f"<ul>{listed}</ul></html>\n"
+    )

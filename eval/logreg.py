@@ -1,0 +1,167 @@
+"""Logistic regression on frozen class tokens, its strength chosen on held-out images, as DINOv2 evaluates."""
+
+import argparse
+import logging
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2_eq.data.linear_loader import make_whole_image_loader
+from dinov2_eq.distributed import from_main_process, gather_objects, get_rank, get_world_size, pick_device
+from dinov2_eq.evaluation.command_line import (
+    accuracy_table,
+    add_subset_flags,
+    encoder_of,
+    evaluation_parser,
+    evaluation_processes,
+    positive,
+    protocol_of,
+)
+from dinov2_eq.evaluation.encoder import load_encoder
+from dinov2_eq.evaluation.features import WHOLE, FeatureExtractor
+from dinov2_eq.evaluation.labelled import LabelledImages, draw_subset, read_labelled, split_held_out
+from dinov2_eq.evaluation.results import publish, results_folder
+from dinov2_eq.logging import check_writable
+from dinov2_eq.probes.accuracy import METRICS, ClassHits, count_hits
+from dinov2_eq.probes.logistic import C_GRID, LogisticFit, fit_logistic
+
+FILE_NAME = "results_eval_logreg.json"
+HELD_OUT_SHARE = 0.1
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+logger = logging.getLogger(__name__)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = evaluation_parser("dinov2-eq eval logreg", __doc__, batch_size=256)
+    add_subset_flags(parser)
+    add = parser.add_argument
+    chooser = parser.add_mutually_exclusive_group()
+    chooser.add_argument(
+        "--finetune-dataset-str", metavar="DATA", help="chooses C, instead of a tenth of the training images"
+    )
+    chooser.add_argument(
+        "--finetune-on-val", action="store_true", help="choose C by the reported images, which makes them optimistic"
+    )
+    add("--metric-type", choices=METRICS, default=METRICS[0], help="what is shown, and chooses C")
+    add(
+        "--train-features-device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the regression is computed; auto: on --device",
+    )
+    add("--train-dtype", choices=DTYPES, default="float64", help="precision of the regression")
+    add("--max-train-iters", type=positive, default=1000, help="of L-BFGS, for each C")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    with evaluation_processes(args) as device:
+        evaluate(args, device)
+
+
+def evaluate(args: argparse.Namespace, device: torch.device) -> None:
+    started = time.perf_counter()
+    folder = results_folder(encoder_of(args), args.output_dir)
+    others = [args.val_dataset, *([args.finetune_dataset_str] if args.finetune_dataset_str else [])]
+    train, val, *finetune = from_main_process(
+        lambda: read_labelled(args.train_dataset, others, "Logistic regression", args.max_images)
+    )
+    num_classes = int(train.labels.max()) + 1
+    train = draw_subset(train, args.n_per_class, args.seed)
+    if args.finetune_on_val:
+        selection = val
+    elif finetune:
+        (selection,) = finetune
+    else:
+        train, selection = split_held_out(train, HELD_OUT_SHARE, args.seed)
+    encoder = load_encoder(encoder_of(args), args.config_file)
+    if args.dry_run:
+        logger.info("dry run: encoder, data and flags can be used")
+        return
+    from_main_process(lambda: check_writable(folder))
+    home = (
+        device if args.train_features_device == "auto" else pick_device(args.train_features_device, device.index or 0)
+    )
+
+    extractor = FeatureExtractor(
+        encoder,
+        device,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        half_precision=args.precision == "bf16",
+        make_loader=make_whole_image_loader,
+    )
+
+    def features_of(images: LabelledImages) -> Tensor:
+        return extractor.pooled(images).to(home, DTYPES[args.train_dtype])
+
+    train_features, selection_features = features_of(train), features_of(selection)
+    val_features = selection_features if selection is val else features_of(val)
+
+    def fit(features: Tensor, labels: Tensor, strength: float) -> LogisticFit:
+        return fit_logistic(features, labels, num_classes, strength, args.max_train_iters)
+
+    def score(found: LogisticFit, features: Tensor, images: LabelledImages) -> ClassHits:
+        return count_hits(found.weight[None], found.bias[None], features, images.labels)
+
+    own = []
+    for strength in C_GRID[get_rank() :: get_world_size()]:
+        found = fit(train_features, train.labels, strength)
+        top1 = score(found, selection_features, selection).top1_percent(args.metric_type).item()
+        logger.info("C = %.3g: %.2f %% of the held-out images, %d steps", strength, top1, found.num_iterations)
+        own.append({"C": strength, "top1": top1, "steps": found.num_iterations, "converged": found.converged})
+    grid = sorted((row for rows in gather_objects(own) for row in rows), key=lambda row: row["C"])
+    best = max(grid, key=lambda row: row["top1"])["C"]  # the smallest, where several are
+    if selection is not val:  # the final fit may use them too
+        train_features = torch.cat([train_features, selection_features])
+        train = train._replace(labels=torch.cat([train.labels, selection.labels]))
+    # Once, and not in all processes at the same time.
+    found = from_main_process(lambda: fit(train_features, train.labels, best))
+    accuracies = {args.val_dataset: score(found, val_features, val).summary(0, args.metric_type)}
+    notices = convergence(grid, found, best)
+
+    selection_words = {
+        "val": f"by the images of {args.val_dataset} themselves: their accuracy is optimistic",
+        "finetune": f"by {args.finetune_dataset_str}; the images below chose nothing",
+        "train": f"by {HELD_OUT_SHARE:.0%} of the training images, held out; the images below chose nothing",
+    }["val" if args.finetune_on_val else "finetune" if finetune else "train"]
+    protocol = protocol_of(args, device, started) | {
+        "num_train_images": len(train.labels),
+        "num_selection_images": len(selection.labels),
+        "num_images": {args.val_dataset: len(val.labels)},
+        "num_classes": num_classes,
+        "selection": selection_words,
+        "final_fit": "training images" if args.finetune_on_val else "training images and those that chose C",
+        "feature": "class token of the last block after the final norm",
+        "images": WHOLE,
+        "regression": "softmax, L2 penalty |weight|^2 / (2 C) on the sum of cross-entropies, free bias, L-BFGS from 0",
+        "notices": notices,
+    }
+    results = {
+        "protocol": protocol,
+        "encoder": encoder.description,
+        "results": {"C": best, "accuracy": accuracies},
+        "grid": grid,
+    }
+    table = accuracy_table(accuracies, args.metric_type)
+    publish(folder / FILE_NAME, results, f"C = {best:.3g}\nchosen {selection_words}\n{table}")
+
+
+def convergence(grid: list[dict[str, Any]], final: LogisticFit, best: float) -> list[str]:
+    """Notices about fits that stopped before they converged."""
+    notices = []
+    if early := [row["C"] for row in grid if not row["converged"]]:
+        notices.append(f"{len(early)} of {len(grid)} fits stopped before they converged, from C = {min(early):.3g} up")
+    if not final.converged:
+        notices.append(f"the final fit, C = {best:.3g}, stopped before it converged; raise --max-train-iters")
+    for notice in notices:
+        logger.warning(notice)
+    return notices
+
+
+if __name__ == "__main__":
+    main()

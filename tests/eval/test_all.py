@@ -1,0 +1,68 @@
+"""Many evaluations from one list: one table, nothing done twice, a failure kept to itself."""
+
+import csv
+import json
+
+import pytest
+
+from dinov2_eq.run.cli import main
+
+SHAPES = "'Shapes:split={}:num=30:size=32'"
+DATA = f"{{train-dataset: {SHAPES.format('TRAIN')}, val-dataset: {SHAPES.format('VAL')}, num-workers: 0"
+LIST = f"""
+encoders: {{one: random:vit_tiny/16@32, two: random:vit_tiny/8@32}}
+evaluations:
+  knn: {DATA}, nb_knn: [3, 5]}}
+  logreg: {DATA}, max-train-iters: 20}}
+"""
+
+
+def run(tmp_path, text: str, *flags: str) -> int:
+    (tmp_path / "list.yaml").write_text(text)
+    try:
+        return main(
+            ["eval", "all", "--config-file", str(tmp_path / "list.yaml"), "--output-dir", str(tmp_path / "out"), *flags]
+        )
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_one_table_of_two_encoders_and_two_evaluations_and_nothing_twice(tmp_path, capsys):
+    assert run(tmp_path, LIST) == 0
+    table = capsys.readouterr().out
+    assert "knn: full 5 top1" in table and "| two |" in table
+    with (tmp_path / "out/summary.csv").open() as file:
+        header, *rows = list(csv.reader(file))
+    assert [row[0] for row in rows] == ["one", "two"] and all(cell for row in rows for cell in row)
+    knn = json.loads((tmp_path / "out/two/knn/results_eval_knn.json").read_text())
+    found = float(rows[1][header.index("knn: full 5 top1")])
+    assert found == pytest.approx(knn["results"]["full"]["5"]["top1"], rel=1e-3)
+    assert "<table>" in (tmp_path / "out/summary.html").read_text()
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("results_eval_*.json")}
+    assert run(tmp_path, LIST.replace("nb_knn: [3, 5]", "nb_knn: [3, 4]")) == 0
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("results_eval_*.json")}
+    changed = {path.parent.name for path in before if before[path] != after[path]}
+    assert before.keys() == after.keys() and changed == {"knn"}
+
+
+def test_a_failure_is_named_and_the_others_go_on(tmp_path, capsys):
+    text = LIST.replace("one: random:vit_tiny/16@32", "one: does/not/exist.pth")
+    assert run(tmp_path, text) == 2
+    table = capsys.readouterr().out
+    assert "one, knn: failed; dinov2-eq:" in table and "does/not/exist.pth" in table
+    assert (tmp_path / "out/two/logreg/results_eval_logreg.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("encoders: {a: b}", "needs the section 'evaluations'"),
+        ("encoders: {a: b}\nevaluations: {knm: {}}", "evaluation 'knm' has no program; give program: knn | linear"),
+        ("encoders: {a: b}\nevaluations: {knn: {}}\nmore: 1", "unknown section 'more'"),
+        ("encoders: {a: [b", "is not valid YAML"),
+    ],
+)
+def test_a_list_with_a_mistake(tmp_path, capsys, text, message):
+    assert run(tmp_path, text) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,43 @@
+"""torchrun and the console program, as typed: what becomes of a run."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.reliability.faults import FAULT
+from tests.reliability.runs import ARGUMENTS, Run
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+def start(run: Run, *flags: str) -> subprocess.Popen:
+    """torchrun in the folder of the run; what it prints goes where that of process 0 goes."""
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", *flags, "--no-python", BIN / "dinov2-eq"]
+    with open(run.folder / "terminal.0.txt", "a") as terminal:
+        return subprocess.Popen([*torchrun, *ARGUMENTS], cwd=run.folder, env=environ, stdout=terminal, stderr=terminal)
+
+
+def test_torchrun_starts_a_killed_run_again(run, uninterrupted):
+    run.set_fault("kill 1 6")
+    assert start(run, "--max-restarts", "1").wait(120) == 0, run.printed(0)
+    assert re.search(r"process 1 \(host .+, pid \d+\) has been silent", run.printed(0))
+    run.went_on(uninterrupted, 4)
+
+
+def test_torchrun_is_told_to_stop(run, uninterrupted):
+    run.set_fault("wait 0 5")
+    torchrun = start(run)
+    deadline = time.monotonic() + 60
+    while (run.folder / FAULT).exists():  # until the run has come to its fifth step
+        assert time.monotonic() < deadline, run.printed(0)
+        time.sleep(0.05)
+    torchrun.send_signal(signal.SIGTERM)
+    assert torchrun.wait(60) == 1
+    assert run.printed(0).count("dinov2-eq: stopped by SIGTERM after step 5, saved") == 2
+    run.goes_on(uninterrupted, 5)
