@@ -96,7 +96,7 @@ def knn_contestants(
 def feature_contestants(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Class tokens of a batch, by this project's ViT-S/16 and by timm's."""
+    """From pixels in [0, 1] to class tokens, by this project's ViT-S/16 and by timm's."""
     try:
         from timm import create_model
     except ImportError:
@@ -106,9 +106,11 @@ def feature_contestants(
     timms = create_model("vit_small_patch16_224", img_size=size, num_classes=0).eval().to(device)
     images = torch.rand(batch, 3, size, size, device=device)
 
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
+
     def timm_forward() -> Tensor:
         with torch.no_grad():
-            return timms(images)
+            return timms((images - mean) / std)
 
     return lambda: pooled_features(mine, images, mean=MEAN, std=STD), timm_forward
 

@@ -12,6 +12,8 @@ import torch
 
 from dinov2_eq.data.datasets import DataError
 
+PARENT_CHECK_S = 5.0
+
 
 def init_worker(worker_id: int) -> None:
     """One thread for each worker, of which there are as many as there is work for; signals are the main process's.
@@ -23,14 +25,19 @@ def init_worker(worker_id: int) -> None:
     if sys.platform == "linux":
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+        threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 
-def _end_when_the_parent_says_so() -> None:
-    """A SIGTERM of the main process must end the worker: by it, Python closes the workers that are left at its end."""
+def _end_with_the_parent() -> None:
+    """A SIGTERM of the main process must end the worker: by it, Python closes the workers that are left at its end.
+
+    So must the death of the main process, which torch notices in workers that were forked from it, and in no others.
+    """
     parent = multiprocessing.parent_process()
-    while parent is not None and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
-        pass
+    while parent is not None and parent.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, PARENT_CHECK_S)
+        if received is not None and received.si_pid == parent.pid:
+            break
     os._exit(0)
 
 

@@ -18,6 +18,7 @@ def data():
     return weight, bias, features, labels
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes")
 @pytest.mark.parametrize("classifier", [0, 1])
 def test_equals_scikit_learn(data, classifier):
     weight, bias, features, labels = data
