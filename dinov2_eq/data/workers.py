@@ -43,17 +43,21 @@ def _end_with_the_parent() -> None:
 
 @contextmanager
 def worker_deaths_explained() -> Iterator[None]:
-    """When a worker is killed, torch raises a RuntimeError at whatever line the main process has reached.
+    """Says what to do when a worker is killed.
+
+    torch raises a RuntimeError then, at whatever line the main process has reached; or the main process finds that a
+    batch cannot be fetched from the dead one.
 
     Raises:
-        DataError: instead of it, with what to do.
+        DataError: instead of either.
     """
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
             raise
         raise DataError(
-            f"{str(error).strip(' .')}. Most likely the machine, or the job, ran out of memory: lower "
-            "train.num_workers or ask for more memory; the same command goes on from the newest checkpoint"
+            f"A data-loading process is gone ({str(error).strip(' .') or 'end of file'}). Most likely the machine, or the "
+            "job, ran out of memory: lower train.num_workers or ask for more memory; the same command goes on from the "
+            "newest checkpoint"
         ) from None

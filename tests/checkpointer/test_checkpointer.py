@@ -166,6 +166,6 @@ def test_an_unfinished_checkpoint_is_ignored_and_replaced(checkpointer, caplog):
 def test_another_architecture(checkpointer):
     save(checkpointer, 1)
     with pytest.raises(
-        ValueError, match=r"another architecture: 1 of 1 tensors differ \(model.weight: \(3, 2\) saved, \(5, 2\)"
+        ValueError, match=r"another architecture: 1 of 1 tensors differ \(weight: \(3, 2\) saved, \(5, 2\)"
     ):
         checkpointer.load(1, state(0, width=5))

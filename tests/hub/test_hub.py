@@ -207,7 +207,11 @@ def test_evaluations_load_releases(checkout, released):
     for name in ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "pos_embed"):
         assert torch.equal(states[1][name], states[2][name]) and not torch.equal(states[0][name], states[1][name])
     file = load_encoder(checkout / "weights" / "split.safetensors")
-    assert (file.step, file.mean, file.config["train"]["dataset_path"]) == (1, encoder.mean, "")
+    assert (file.step, file.mean, file.config["train"]["dataset_path"]) == (
+        1,
+        encoder.mean,
+        "Shapes:split=TRAIN:num=24:size=32",
+    )
     assert torch.equal(file.backbone(images()), encoder.backbone(images()))
 
 
