@@ -57,7 +57,7 @@ def worker_deaths_explained() -> Iterator[None]:
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
             raise
         raise DataError(
-            f"A data-loading process is gone ({str(error).strip(' .') or 'end of file'}). Most likely the machine, or the "
-            "job, ran out of memory: lower train.num_workers or ask for more memory; the same command goes on from the "
-            "newest checkpoint"
+            f"A data-loading process is gone ({str(error).strip(' .') or 'end of file'}). Most likely the machine, or "
+            "the job, ran out of memory: lower train.num_workers or ask for more memory; the same command goes on from "
+            "the newest checkpoint"
         ) from None
