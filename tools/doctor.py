@@ -247,7 +247,7 @@ def check_interconnect(plan: Plan) -> Findings:
         message = torch.zeros(size // 4, device=device)
         seconds = max(gather_objects(seconds_of(lambda message=message: dist.all_reduce(message), device)))
         speed = 2 * (world - 1) / world * size / seconds / 1e9  # what each process sends, as nccl-tests count it
-        yield "ok", f"{backend} all-reduce of {size / 1024**2:.3g} MiB: {seconds * 1e3:.2f} ms, {speed:.2f} GB/s"
+        yield "ok", f"{backend} all-reduce of {size / 1024**2:.3g} MiB: {seconds * 1e3:.2f} ms, {speed:.3g} GB/s"
     hosts = gather_objects(socket.gethostname())
     # Between nodes where there are several: links within a node are faster and do not compare with them.
     ring = [rank for rank, host in enumerate(hosts) if host not in hosts[:rank] or len(set(hosts)) == 1]
@@ -256,7 +256,7 @@ def check_interconnect(plan: Plan) -> Findings:
     speeds = [2 * message.nbytes / each / 1e9 for each in seconds]
     slowest, median = min(zip(speeds, links, strict=True)), statistics.median(speeds)
     ends = " to ".join(f"process {rank} on {hosts[rank]}" for rank in slowest[1])
-    text = f"slowest link: {ends}, {slowest[0]:.2f} GB/s; the median is {median:.2f} GB/s"
+    text = f"slowest link: {ends}, {slowest[0]:.3g} GB/s; the median is {median:.3g} GB/s"
     yield verdict(slowest[0] > SLOW_LINK * median, text, "look at those hosts, or leave one out with --exclude")
 
 

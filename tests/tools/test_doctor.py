@@ -58,7 +58,7 @@ def test_two_processes_measure_what_connects_them():
     assert [text.split(":")[0] for text in reduced] == [
         f"gloo all-reduce of {size} MiB" for size in ("0.00391", "1", "64")
     ]
-    assert all(float(text.split()[-2]) >= 0 for text in reduced)  # a busy machine may round to 0.00
+    assert all(float(text.split()[-2]) > 0 for text in reduced)
     assert link.startswith("slowest link: process ")
     assert len(texts(lines, "versions", "ok")) == 1  # the second process says only what the first does not
 
