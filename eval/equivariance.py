@@ -22,6 +22,7 @@ from dinov2_eq.evaluation.command_line import (
     evaluation_parser,
     evaluation_processes,
     format_table,
+    goes_on,
     positive,
     protocol_of,
 )
@@ -44,7 +45,6 @@ from dinov2_eq.evaluation.report_card import (
 from dinov2_eq.evaluation.results import publish, results_folder
 from dinov2_eq.evaluation.side_by_side import name_encoders, with_untrained
 from dinov2_eq.evaluation.transformed_pairs import Setting, draw_theta, extract_pairs, settings_of
-from dinov2_eq.logging import check_writable
 from dinov2_eq.probes.features import MODES
 from dinov2_eq.probes.transform_regression import BATCH_SIZE, HEADS, LEARNING_RATE, scale_targets
 from dinov2_eq.report import MAX_ENCODERS, render_card
@@ -134,10 +134,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         size: [setting for task, transform in tasks.items() for setting in settings_of(task, transform, size)]
         for size in dict.fromkeys(encoder.image_size for encoder in encoders.values())
     }
-    if args.dry_run:
-        logger.info("dry run: encoders, data and flags can be used")
+    if not goes_on(args, folder):
         return
-    from_main_process(lambda: check_writable(folder))
     if args.random_init:
         encoders = with_untrained(encoders)
     if args.card and len(encoders) > MAX_ENCODERS:

@@ -14,7 +14,9 @@ from dinov2_eq.evaluation.command_line import (
     encoder_of,
     evaluation_parser,
     evaluation_processes,
+    extraction_settings,
     format_table,
+    goes_on,
     positive,
     protocol_of,
 )
@@ -22,7 +24,6 @@ from dinov2_eq.evaluation.encoder import load_encoder
 from dinov2_eq.evaluation.features import CENTRE, FeatureExtractor
 from dinov2_eq.evaluation.labelled import ALL_IMAGES, draw_per_class, read_labelled
 from dinov2_eq.evaluation.results import publish, results_folder
-from dinov2_eq.logging import check_writable
 from dinov2_eq.probes.knn import knn_accuracy
 
 FILE_NAME = "results_eval_knn.json"
@@ -70,17 +71,9 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     )
     subsets = {n: draw_subsets(train.labels, n, args.n_tries) for n in args.n_per_class_list}
     encoder = load_encoder(encoder_of(args), args.config_file)
-    if args.dry_run:
-        logger.info("dry run: encoder, data and flags can be used")
+    if not goes_on(args, folder):
         return
-    from_main_process(lambda: check_writable(folder))
-    extractor = FeatureExtractor(
-        encoder,
-        device,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        half_precision=args.precision == "bf16",
-    )
+    extractor = FeatureExtractor(encoder, device, **extraction_settings(args))
     train_features, val_features = extractor.pooled(train), extractor.pooled(val)
     if not args.gather_on_cpu:
         train_features = train_features.to(device)

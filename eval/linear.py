@@ -17,6 +17,8 @@ from dinov2_eq.evaluation.command_line import (
     encoder_of,
     evaluation_parser,
     evaluation_processes,
+    extraction_settings,
+    goes_on,
     positive,
     protocol_of,
 )
@@ -25,7 +27,6 @@ from dinov2_eq.evaluation.features import CENTRE, FeatureExtractor
 from dinov2_eq.evaluation.labelled import LabelledImages, draw_subset, read_labelled, split_held_out
 from dinov2_eq.evaluation.linear_training import GridCheckpoints, train_grid
 from dinov2_eq.evaluation.results import publish, results_folder
-from dinov2_eq.logging import check_writable
 from dinov2_eq.probes.accuracy import METRICS, ClassHits
 from dinov2_eq.probes.features import block_features, own_share, to_unit_range
 from dinov2_eq.probes.linear import LEARNING_RATES, NUM_BLOCKS, GridTraining, HeadGrid
@@ -90,18 +91,10 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     encoder = load_encoder(encoder_of(args), args.config_file)
     max_blocks = max(args.n_last_blocks)
     embed_dim = check_blocks(encoder, max_blocks)
-    if args.dry_run:
-        logger.info("dry run: encoder, data and flags can be used")
+    if not goes_on(args, folder):
         return
-    from_main_process(lambda: check_writable(folder))
 
-    extractor = FeatureExtractor(
-        encoder,
-        device,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        half_precision=args.precision == "bf16",
-    )
+    extractor = FeatureExtractor(encoder, device, **extraction_settings(args))
     grid = HeadGrid(embed_dim, num_classes, args.learning_rates, args.n_last_blocks, args.seed).to(device)
     training = GridTraining(grid, args.batch_size * get_world_size(), args.epochs * args.epoch_length)
     checkpoints = GridCheckpoints(folder, training, fixed_settings(args, encoder, grid))

@@ -16,6 +16,8 @@ from dinov2_eq.evaluation.command_line import (
     encoder_of,
     evaluation_parser,
     evaluation_processes,
+    extraction_settings,
+    goes_on,
     positive,
     protocol_of,
 )
@@ -23,7 +25,6 @@ from dinov2_eq.evaluation.encoder import load_encoder
 from dinov2_eq.evaluation.features import WHOLE, FeatureExtractor
 from dinov2_eq.evaluation.labelled import LabelledImages, draw_subset, read_labelled, split_held_out
 from dinov2_eq.evaluation.results import publish, results_folder
-from dinov2_eq.logging import check_writable
 from dinov2_eq.probes.accuracy import METRICS, ClassHits, count_hits
 from dinov2_eq.probes.logistic import C_GRID, LogisticFit, fit_logistic
 
@@ -79,22 +80,13 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     else:
         train, selection = split_held_out(train, HELD_OUT_SHARE, args.seed)
     encoder = load_encoder(encoder_of(args), args.config_file)
-    if args.dry_run:
-        logger.info("dry run: encoder, data and flags can be used")
+    if not goes_on(args, folder):
         return
-    from_main_process(lambda: check_writable(folder))
     home = (
         device if args.train_features_device == "auto" else pick_device(args.train_features_device, device.index or 0)
     )
 
-    extractor = FeatureExtractor(
-        encoder,
-        device,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        half_precision=args.precision == "bf16",
-        make_loader=make_whole_image_loader,
-    )
+    extractor = FeatureExtractor(encoder, device, **extraction_settings(args), make_loader=make_whole_image_loader)
 
     def features_of(images: LabelledImages) -> Tensor:
         return extractor.pooled(images).to(home, DTYPES[args.train_dtype])

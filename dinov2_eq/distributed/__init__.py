@@ -23,11 +23,6 @@ def get_world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def get_local_rank() -> int:
-    """Rank among the processes of this node."""
-    return int(os.environ["LOCAL_RANK"]) if is_distributed() else 0
-
-
 def get_local_world_size() -> int:
     """Number of processes on this node."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if is_distributed() else 1

@@ -1,6 +1,7 @@
 """What the evaluation programs have in common: flags, device, the record of the protocol, and the table at the end."""
 
 import argparse
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,9 +10,12 @@ from typing import Any
 
 import torch
 
-from dinov2_eq.distributed import get_world_size, pick_device
+from dinov2_eq.data.workers import worker_deaths_explained
+from dinov2_eq.distributed import from_main_process, get_world_size, pick_device
 from dinov2_eq.distributed.launch import find_launch, process_group
-from dinov2_eq.logging import describe_run, setup_logging
+from dinov2_eq.logging import check_writable, describe_run, setup_logging
+
+logger = logging.getLogger(__name__)
 
 SILENCE_LIMIT_S = 900.0  # one process may compute alone for four times as long, see `process_group`
 
@@ -83,9 +87,31 @@ def evaluation_processes(args: argparse.Namespace) -> Iterator[torch.device]:
     """
     launch = find_launch()
     device = pick_device("cpu" if args.dry_run else args.device, launch.local_rank)
-    with process_group(launch, device, SILENCE_LIMIT_S):
+    with process_group(launch, device, SILENCE_LIMIT_S), worker_deaths_explained():
         setup_logging()
         yield device
+
+
+def goes_on(args: argparse.Namespace, folder: Path) -> bool:
+    """Whether there is more to do than the checks of a dry run; all processes call it.
+
+    Raises:
+        OSError: there is, and `folder` cannot be written.
+    """
+    if args.dry_run:
+        logger.info("dry run: encoder, data and flags can be used")
+        return False
+    from_main_process(lambda: check_writable(folder))
+    return True
+
+
+def extraction_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `FeatureExtractor` that every evaluation has flags for."""
+    return {
+        "batch_size": args.batch_size,
+        "num_workers": args.num_workers,
+        "half_precision": args.precision == "bf16",
+    }
 
 
 def not_negative(text: str) -> int:

@@ -78,38 +78,6 @@ def _normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
     return (images - mean_pixel) / std_pixel
 
 
-def extract_features(
-    backbone: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device,
-    mode: str = "cls",
-    half_precision: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`pooled_features` of whole batches (images, labels); the backbone is in eval mode meanwhile.
-
-    Returns:
-        features [N, D or 2D] float32 and labels [N], both on the CPU.
-
-    Raises:
-        ValueError: no images, or features that are NaN or infinite.
-    """
-
-    def encode(images: Tensor) -> Tensor:
-        return pooled_features(backbone, images, mean=mean, std=std, mode=mode, half_precision=half_precision)
-
-    was_training = backbone.training
-    backbone.eval()
-    try:
-        features, labels = encode_batches(encode, batches, device)
-    finally:
-        backbone.train(was_training)
-    require_finite(features)
-    return features, labels
-
-
 def encode_batches(
     encode: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
 ) -> tuple[Tensor, Tensor]:

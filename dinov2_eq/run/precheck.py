@@ -8,15 +8,14 @@ from typing import NamedTuple
 import torch
 
 from dinov2_eq.config.load import load_config, to_yaml
-from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.evaluation.command_line import encoder_of
 from dinov2_eq.evaluation.results import results_folder
 from dinov2_eq.run.cli import COMMANDS
 from dinov2_eq.run.job import START_AGAIN
 from dinov2_eq.train import run_folder
-from dinov2_eq.train.build import build_arch, build_multi_crop, uses_half_precision
+from dinov2_eq.train.build import uses_half_precision
+from dinov2_eq.train.dry_run import dry_run
 from dinov2_eq.train.estimate import estimate_memory, plan
-from dinov2_eq.train.online_knn import build_online_knn
 
 USABLE_MEMORY = 0.9  # share of a GPU's memory that an estimate may fill
 
@@ -58,10 +57,7 @@ def check_training(argv: Sequence[str], resources: Resources, gpu_memory: float 
         run_folder.require_same_run(args.output_dir, config)
     on_gpu = resources.gpus_per_node > 0 and config.train.device != "cpu"
     half_precision = uses_half_precision(config, torch.device("cuda" if on_gpu else "cpu"))
-    arch = build_arch(config, torch.device("meta"))
-    build_multi_crop(config)
-    build_online_knn(config, half_precision)
-    num_images = len(build_dataset(config.train.dataset_path))
+    arch, num_images = dry_run(config, half_precision)
     summary = plan(config, arch, num_images, half_precision, resources.world_size, resources.nodes)
     needed = estimate_memory(config, arch, half_precision, resources.world_size, resources.nodes)["total"]
     if gpu_memory is not None and needed > USABLE_MEMORY * gpu_memory:

@@ -1,6 +1,8 @@
 """k-NN accuracy of the teacher while it trains."""
 
 import logging
+from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,8 +11,7 @@ from torch import Tensor, nn
 from dinov2_eq.config.schema import Config, CropsConfig, EvaluationConfig
 from dinov2_eq.data.datasets import ImageDataset, build_dataset, require_labels
 from dinov2_eq.data.loaders import fixed_subset, make_eval_loader
-from dinov2_eq.distributed import gather_rows, get_rank, get_world_size
-from dinov2_eq.probes.features import extract_features
+from dinov2_eq.probes.features import encode_together, pooled_features
 from dinov2_eq.probes.knn import knn_accuracy
 
 BATCH_SIZE = 256
@@ -52,7 +53,14 @@ class OnlineKnn:
         return dataset, fixed_subset(len(dataset), max_images)
 
     def measure(self, backbone: nn.Module, device: torch.device) -> dict[str, float]:
-        """Top-1 in per cent, under the name it is logged with; all processes must call it."""
+        """Top-1 in per cent, under the name it is logged with; all processes must call it.
+
+        Args:
+            backbone: in eval mode.
+
+        Raises:
+            ValueError: features that are NaN or infinite.
+        """
         train, val = (self._features(backbone, device, *subset) for subset in (self.train, self.val))
         accuracies = knn_accuracy(*train, *val, ks=[self.k])
         logger.info("k-NN top-1 %.2f %%", accuracies[self.k]["top1"])
@@ -61,17 +69,12 @@ class OnlineKnn:
     def _features(
         self, backbone: nn.Module, device: torch.device, dataset: ImageDataset, indices: np.ndarray
     ) -> tuple[Tensor, Tensor]:
-        """Features [n, D] and labels [n] of all images; each process computes as many as any other, then all share."""
-        world_size = get_world_size()
-        share = -(-len(indices) // world_size)
-        own = np.resize(indices, (world_size, share))[get_rank()]  # begins anew where the images run out
-        features, labels = extract_features(
-            backbone,
-            make_eval_loader(dataset, own, self.crops.global_crops_size, BATCH_SIZE, self.num_workers),
-            mean=self.crops.mean,
-            std=self.crops.std,
-            device=device,
-            mode="cls",
-            half_precision=self.half_precision,
+        """Features [n, D] and labels [n] of all images, computed by all processes together."""
+        encode = partial(
+            pooled_features, backbone, mean=self.crops.mean, std=self.crops.std, half_precision=self.half_precision
         )
-        return gather_rows(features)[: len(indices)], gather_rows(labels)[: len(indices)]
+
+        def make_batches(own: np.ndarray) -> Iterable[tuple[Tensor, Tensor]]:
+            return make_eval_loader(dataset, own, self.crops.global_crops_size, BATCH_SIZE, self.num_workers)
+
+        return encode_together(encode, make_batches, indices, device)

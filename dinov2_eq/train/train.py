@@ -25,7 +25,6 @@ from dinov2_eq.train import run_folder
 from dinov2_eq.train.build import (
     build_arch,
     build_make_views,
-    build_multi_crop,
     build_optimizer,
     build_schedules,
     build_train_loader,
@@ -33,6 +32,7 @@ from dinov2_eq.train.build import (
     num_reconstructed,
     uses_half_precision,
 )
+from dinov2_eq.train.dry_run import dry_run
 from dinov2_eq.train.estimate import plan
 from dinov2_eq.train.finite import clip_gradients, require_finite
 from dinov2_eq.train.meter import StepMeter, average_over_processes
@@ -63,11 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(to_yaml(config), end="")
     elif args.dry_run:
         half_precision = uses_half_precision(config, pick_device(config.train.device))
-        arch = build_arch(config, torch.device("meta"))
-        build_multi_crop(config)
-        build_online_knn(config, half_precision)
-        num_images = len(build_dataset(config.train.dataset_path))
-        print(plan(config, arch, num_images, half_precision))
+        print(plan(config, *dry_run(config, half_precision), half_precision))
     elif args.output_dir is None:
         raise ValueError("--output-dir is missing: name the folder that the run writes to")
     else:

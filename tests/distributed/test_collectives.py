@@ -7,7 +7,7 @@ from dinov2_eq.distributed import (
     from_main_process,
     gather_objects,
     gather_rows,
-    get_local_rank,
+    get_local_world_size,
     get_rank,
     get_world_size,
     is_main_process,
@@ -26,7 +26,7 @@ def collect() -> dict:
         except KeyError as error:
             raised = str(error)
         return {
-            "ranks": (rank, get_local_rank(), get_world_size(), is_main_process()),
+            "ranks": (rank, get_local_world_size(), get_world_size(), is_main_process()),
             "sum": all_reduce_sum(torch.tensor([1.0, rank])).tolist(),
             "rows": gather_rows(torch.full((2, 1), rank)).flatten().tolist(),
             "objects": gather_objects({"rank": rank}),
@@ -37,14 +37,14 @@ def collect() -> dict:
 
 def test_one_process():
     found = collect()
-    assert found["ranks"] == (0, 0, 1, True)
+    assert found["ranks"] == (0, 1, 1, True)
     assert found["sum"] == [1, 0] and found["rows"] == [0, 0] and found["objects"] == [{"rank": 0}]
     assert found["main"] == 10 and found["raised"] == "'missing'"
 
 
 def test_three_processes_on_two_nodes():
     answers = run_ranks(collect, 3, per_node=2)
-    assert [answer["ranks"] for answer in answers] == [(0, 0, 3, True), (1, 1, 3, False), (2, 0, 3, False)]
+    assert [answer["ranks"] for answer in answers] == [(0, 2, 3, True), (1, 2, 3, False), (2, 2, 3, False)]
     for answer in answers:
         assert answer["sum"] == [3, 3] and answer["rows"] == [0, 0, 1, 1, 2, 2]
         assert answer["objects"] == [{"rank": 0}, {"rank": 1}, {"rank": 2}]

@@ -1,13 +1,15 @@
 import json
+from functools import partial
 
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 
 from dinov2_eq.data.linear_loader import make_whole_image_loader
 from dinov2_eq.eval import logreg
 from dinov2_eq.evaluation.encoder import load_encoder
 from dinov2_eq.evaluation.labelled import read_labelled
-from dinov2_eq.probes.features import extract_features
+from dinov2_eq.probes.features import encode_batches, pooled_features
 from tests.processes import run_ranks
 
 ENCODER = "random:vit_tiny/16@32"
@@ -42,13 +44,8 @@ def test_the_final_fit_is_scikit_learns(tmp_path):
     parts = []
     for images in read_labelled(SHAPES["train"], [SHAPES["val"]], "test"):
         loader = make_whole_image_loader(images.dataset, images.indices, encoder.image_size, 64)
-        features, labels = extract_features(
-            encoder.backbone,
-            loader,
-            mean=encoder.mean,
-            std=encoder.std,
-            device=next(encoder.backbone.parameters()).device,
-        )
+        encode = partial(pooled_features, encoder.backbone, mean=encoder.mean, std=encoder.std)
+        features, labels = encode_batches(encode, loader, torch.device("cpu"))
         parts += [features.double().numpy(), labels.numpy()]
     train, train_labels, val, val_labels = parts
     oracle = LogisticRegression(C=results["results"]["C"], max_iter=10000, tol=1e-8).fit(train, train_labels)
