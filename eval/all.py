@@ -15,10 +15,12 @@ from yaml import YAMLError
 
 from dinov2_eq.evaluation.summary import Entry, read_numbers, write_summary
 from dinov2_eq.logging import check_writable, setup_logging
+from dinov2_eq.report import render_evaluations
 
 PROGRAMS = ("knn", "linear", "logreg", "equivariance")
 COMMAND = "command.json"  # beside the results: what made them
 LOG = "log.txt"
+PAGE_NAME = "summary.html"
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number, task in enumerate(tasks, start=1):
         logger.info("%d of %d: %s of %s", number, len(tasks), task.evaluation, task.encoder)
         entries.append(carry_out(task, args.submit))
-        table = write_summary(args.output_dir, entries)
-    print(table)
-    print(args.output_dir / "summary.html")
+        summary = write_summary(args.output_dir, entries)
+        (args.output_dir / PAGE_NAME).write_text(render_evaluations(*summary), encoding="utf-8")
+    print(summary.markdown())
+    print(args.output_dir / PAGE_NAME)
     if any(entry.state == "failed" for entry in entries):
         sys.exit(2)
 

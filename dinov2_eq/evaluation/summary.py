@@ -3,7 +3,6 @@
 import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,28 +43,42 @@ def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, f
             yield name, float(inner)
 
 
-def write_summary(folder: Path, entries: Sequence[Entry]) -> str:
-    """Writes summary.json, .csv, .md and .html to `folder`; returns the Markdown."""
+class Summary(NamedTuple):
+    """Entries as one table."""
+
+    header: list[str]
+    rows: list[list[str]]  # one for each encoder; no number: the cell is empty
+    problems: list[str]  # what is not done, and why
+
+    def markdown(self) -> str:
+        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        return text + "".join(f"\n- {problem}" for problem in self.problems) + ("\n" if self.problems else "")
+
+
+def summarise(entries: Sequence[Entry]) -> Summary:
     columns = list(dict.fromkeys((entry.evaluation, name) for entry in entries for name in entry.numbers))
     encoders = list(dict.fromkeys(entry.encoder for entry in entries))
     found = {(entry.encoder, entry.evaluation, name): n for entry in entries for name, n in entry.numbers.items()}
-    header = ["encoder", *(f"{evaluation}: {name}" for evaluation, name in columns)]
-    rows = [
-        [encoder, *(_cell(found.get((encoder, *column))) for column in columns)]  # no number: the cell stays empty
-        for encoder in encoders
-    ]
-    problems = [
-        f"{entry.encoder}, {entry.evaluation}: {entry.state}{'; ' if entry.note else ''}{entry.note}"
-        for entry in entries
-        if entry.state != "done"
-    ]
+    return Summary(
+        ["encoder", *(f"{evaluation}: {name}" for evaluation, name in columns)],
+        [[encoder, *(_cell(found.get((encoder, *column))) for column in columns)] for encoder in encoders],
+        [
+            f"{entry.encoder}, {entry.evaluation}: {entry.state}{'; ' if entry.note else ''}{entry.note}"
+            for entry in entries
+            if entry.state != "done"
+        ],
+    )
+
+
+def write_summary(folder: Path, entries: Sequence[Entry]) -> Summary:
+    """Writes summary.json, summary.csv and summary.md to `folder`."""
+    summary = summarise(entries)
     write_results(folder / "summary.json", {"entries": [entry._asdict() for entry in entries]})
     with (folder / "summary.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    markdown = _markdown(header, rows, problems)
-    (folder / "summary.md").write_text(markdown)
-    (folder / "summary.html").write_text(_html(header, rows, problems))
-    return markdown
+        csv.writer(file).writerows([summary.header, *summary.rows])
+    (folder / "summary.md").write_text(summary.markdown())
+    return summary
 
 
 def read_numbers(folder: Path) -> dict[str, float]:
@@ -78,24 +91,3 @@ def read_numbers(folder: Path) -> dict[str, float]:
 
 def _cell(number: float | None) -> str:
     return "" if number is None else f"{number:.4g}"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], problems: Sequence[str]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-    return text + "".join(f"\n- {problem}" for problem in problems) + ("\n" if problems else "")
-
-
-def _html(header: Sequence[str], rows: Sequence[Sequence[str]], problems: Sequence[str]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>\n"
-
-    listed = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
-    return (
-        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Evaluations</title>\n'
-        "<style>body{font:16px/1.5 sans-serif;margin:2rem}table{border-collapse:collapse}"
-        "th,td{padding:.2rem .8rem;border-bottom:1px solid #ccc;text-align:right}"
-        "th:first-child,td:first-child{text-align:left}</style>\n"
-        f"<h1>Evaluations</h1>\n<table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
-        f"<ul>{listed}</ul></html>\n"
-    )

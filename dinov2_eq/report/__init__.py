@@ -1,7 +1,8 @@
-"""Self-contained pages: of run folders (`load_runs`, then `render_page`), and of what `eval equivariance` measures."""
+"""Self-contained pages: of run folders (`load_runs`, then `render_page`), and of what `eval` measures."""
 
 from dinov2_eq.report.card import MAX_ENCODERS, render_card
+from dinov2_eq.report.evaluations import render_evaluations
 from dinov2_eq.report.page import render_page
 from dinov2_eq.report.runs import load_runs
 
-__all__ = ["MAX_ENCODERS", "load_runs", "render_card", "render_page"]
+__all__ = ["MAX_ENCODERS", "load_runs", "render_card", "render_evaluations", "render_page"]

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from dinov2_eq.run.cli import main
+from tests.report.reading import Page
 
 SHAPES = "'Shapes:split={}:num=30:size=32'"
 DATA = f"{{train-dataset: {SHAPES.format('TRAIN')}, val-dataset: {SHAPES.format('VAL')}, num-workers: 0"
@@ -37,7 +38,8 @@ def test_one_table_of_two_encoders_and_two_evaluations_and_nothing_twice(tmp_pat
     knn = json.loads((tmp_path / "out/two/knn/results_eval_knn.json").read_text())
     found = float(rows[1][header.index("knn: full 5 top1")])
     assert found == pytest.approx(knn["results"]["full"]["5"]["top1"], rel=1e-3)
-    assert "<table>" in (tmp_path / "out/summary.html").read_text()
+    page = Page((tmp_path / "out/summary.html").read_text())
+    assert ["knn: full 5 top1", *(row[header.index("knn: full 5 top1")] for row in rows)] in page.rows
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("results_eval_*.json")}
     assert run(tmp_path, LIST.replace("nb_knn: [3, 5]", "nb_knn: [3, 4]")) == 0
