@@ -2,7 +2,10 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata, util
+from threading import Thread
 
 import pytest
 import torch
@@ -119,23 +122,31 @@ def test_weights_in_the_naming_of_others(released, tmp_path):
     assert "No vision transformer is named" in refusal(TINY, weights=tmp_path / "no.pth")
 
 
-def test_urls(released, tmp_path):
+@pytest.fixture
+def published(released, tmp_path):
+    """A folder of weights, and the address where a web server has it."""
+    folder = shutil.copytree(released, tmp_path / "published")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder)) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_urls(released, published, tmp_path):
     digest = read_manifest(released)["split"].sha256
-    published = tmp_path / "published" / "split.safetensors"
-    shutil.copytree(released, published.parent)
-    url = published.as_uri()
+    file, url = published[0] / "split.safetensors", f"{published[1]}/split.safetensors"
     expected = TINY()(images())
     assert torch.equal(TINY(weights=url)(images()), expected)
     cached = list((tmp_path / "torch_home" / "hub" / "checkpoints").iterdir())
     assert len(cached) == 1 and cached[0].name.endswith("-split.safetensors")
-    published.unlink()
+    file.unlink()
     assert torch.equal(TINY(weights=f"{url}#sha256={digest}")(images()), expected)  # from the cache
     cached[0].write_bytes(cached[0].read_bytes()[:-2] + b"??")
     text = refusal(TINY, weights=f"{url}#sha256={digest}")
     assert str(cached[0]) in text and "not the file that was published" in text
     cached[0].unlink()
     assert f"{url} cannot be downloaded" in refusal(TINY, weights=url, error=OSError)
-    published.write_bytes(b"something else")
+    file.write_bytes(b"something else")
     assert "not the file that was published" in refusal(TINY, weights=f"{url}#sha256={digest}")
     assert not list(cached[0].parent.iterdir())
 
