@@ -53,8 +53,8 @@ def load_encoder(source: str | Path, config_file: str | None = None) -> Encoder:
             a teacher checkpoint, or a released .safetensors file, with its config inside;
             a file of weights that `models.convert` knows: the architecture is inferred, pixels are ImageNet's;
             `timm:NAME`; `hf:NAME`, NAME may be a folder; `hub:REPO:NAME`, REPO may be a folder with a hubconf.py;
-            `random:ARCH/PATCH[@SIZE]`, such as random:vit_small/16 (224 pixels), or `random:` before any of the last
-            three: the weights of seed 0.
+            `random:ARCH/PATCH[@SIZE]`, such as random:vit_small/16 (224 pixels), or `random:` before any of the above:
+            the same architecture with the weights of seed 0.
         config_file: config for a file that carries none; a file's own must agree with it.
 
     Raises:
@@ -173,10 +173,13 @@ def _load_random(what: str) -> Encoder:
         image_size = int(found["img_size"] or IMAGENET_SIZE)
         untrained = partial(build_backbone, found["arch"], patch_size=patch_size, img_size=image_size)
         foreign = Foreign(_seeded(untrained, SEED), untrained, image_size, IMAGENET_MEAN, IMAGENET_STD)
+    elif Path(what).exists():
+        encoder = random_encoder(load_encoder(what), SEED)
+        return replace(encoder, description={**encoder.description, "source": source})
     else:
         raise ValueError(
-            f"{source}: write random:ARCH/PATCH or random:ARCH/PATCH@SIZE, for example random:vit_small/16, or "
-            f"{' or '.join(f'random:{kind}:NAME' for kind in LOADERS)}"
+            f"{source}: write random:ARCH/PATCH or random:ARCH/PATCH@SIZE, for example random:vit_small/16, "
+            f"{', '.join(f'random:{kind}:NAME' for kind in LOADERS)}, or random:PATH of a run or weights"
         )
     encoder = _from_foreign(source, foreign, num_tensors=0)
     return replace(encoder, step=0, description={**encoder.description, "step": 0, "random_seed": SEED})

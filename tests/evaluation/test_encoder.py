@@ -115,3 +115,13 @@ def test_weights_of_another_architecture(tmp_path):
     assert f"loaded {len(own) - 2} of {len(built)} tensors" in text
     assert f"{len(built) - len(own)} missing (blocks.1.attn.proj.bias, " in text and ", ...)" in text
     assert "2 of another shape (patch_embed.proj.weight, pos_embed)" in text
+
+
+def test_the_untrained_twin_of_a_file(tmp_path):
+    path = save(tmp_path, checkpoint())
+    twin, expected = load_encoder(f"random:{tmp_path}"), random_encoder(load_encoder(path), 0)
+    for name, tensor in twin.backbone.state_dict().items():
+        assert torch.equal(tensor, expected.backbone.state_dict()[name])
+    assert (twin.image_size, twin.mean, twin.step) == (32, [0.4, 0.5, 0.6], 0)
+    described = {key: twin.description[key] for key in ("source", "loaded_tensors", "random_seed", "checkpoint")}
+    assert described == {"source": f"random:{tmp_path}", "loaded_tensors": 0, "random_seed": 0, "checkpoint": None}
