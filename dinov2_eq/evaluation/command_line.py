@@ -39,7 +39,8 @@ def evaluation_parser(
         nargs="+" if many_encoders else None,
         default=argparse.SUPPRESS,
         metavar="SOURCE",
-        help="run folder, teacher checkpoint or weights file, timm:NAME, hf:NAME, hub:REPO:NAME, random:ARCH or random: before any of these",
+        help="run folder, teacher checkpoint or weights file, timm:NAME, hf:NAME, hub:REPO:NAME, random:ARCH, or "
+        "random: before any of these",
     )
     encoder.add_argument(
         "--pretrained-weights",

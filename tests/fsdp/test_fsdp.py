@@ -1,4 +1,4 @@
-"""Two processes train as one does: every strategy, every recipe, every way to save and go on."""
+"""Two processes train as one does: every strategy, every method, every way to save and go on."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dinov2_eq.config.load import load_config
+from dinov2_eq.config.schema import Config
 from dinov2_eq.distributed import get_rank
 from dinov2_eq.train.objectives.reconstruction import ReconstructionObjective
 from dinov2_eq.train.train import do_train
@@ -20,6 +21,15 @@ RECIPES = sorted(
     str(path.relative_to(ROOT / "configs" / "train").with_suffix(""))
     for path in (ROOT / "configs/train").rglob("*.yaml")
 )
+# What recipes have besides numbers (centering, and what is reconstructed), each with one recipe that has it.
+METHODS = {
+    ("centering", "nothing"): "vitl16_short",
+    ("centering", "conv"): "vitl16_eq_short",
+    ("sinkhorn_knopp", "nothing"): "cifar10/disabled",
+    ("sinkhorn_knopp", "control"): "cifar10/control_se2_canvas",
+    ("sinkhorn_knopp", "conv"): "cifar10/se2_conv_canvas",
+    ("sinkhorn_knopp", "cross_attention"): "cifar10/rotation_cross_attention_zeros",
+}
 STEPS = 5
 # What makes any recipe small enough for a test, and leaves its method alone. KoLeo and stochastic depth look at the
 # images of one process, as in DINOv2, so they depend on how many there are.
@@ -100,6 +110,14 @@ def test_two_nodes_of_two_processes_equal_one(one_process, tmp_path):
 RESUMABLE = ["train.checkpoint_period_steps=2", "train.keep_checkpoints=9", "student.drop_path_rate=0.2"]
 
 
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory) -> Path:
+    """A run of one process on 6 images a step."""
+    folder = tmp_path_factory.mktemp("never_stopped")
+    train("debug", folder, 6)
+    return folder
+
+
 def forget_after(step: int, folder: Path) -> None:
     """Removes the checkpoints after that of `step`."""
     for path in (folder / "checkpoints").iterdir():
@@ -118,7 +136,9 @@ def saved_by_two(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("strategy", ["full", "ddp"])
-def test_saved_by_two_processes_and_continued_by_any_number(saved_by_two, tmp_path, world_size, strategy):
+def test_saved_by_two_processes_and_continued_by_any_number(
+    saved_by_two, never_stopped, tmp_path, world_size, strategy
+):
     """The global batch stays 6 images, whatever the number of processes."""
     shutil.copytree(saved_by_two, tmp_path / "run")
     overrides = [*RESUMABLE[:2], f"fsdp.strategy={strategy}"]
@@ -127,8 +147,7 @@ def test_saved_by_two_processes_and_continued_by_any_number(saved_by_two, tmp_pa
     else:
         run_ranks(train, world_size, "debug", tmp_path / "run", 6 // world_size, *overrides)
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
-    train("debug", tmp_path / "whole", 6, *overrides)
-    require_equal(tmp_path / "run", tmp_path / "whole")
+    require_equal(tmp_path / "run", never_stopped)
 
 
 def test_resume_of_two_processes_is_exact(tmp_path):
@@ -147,10 +166,9 @@ def test_another_global_batch_is_refused(saved_by_two, tmp_path):
         train("debug", tmp_path / "run", 3, *RESUMABLE[:2])
 
 
-def test_accumulation_on_two_processes(tmp_path):
-    train("debug", tmp_path / "one", 4)
-    run_ranks(train, 2, "debug", tmp_path / "two", 1, "train.accumulation_steps=2")
-    require_equal(tmp_path / "two", tmp_path / "one")
+def test_accumulation_on_two_processes(one_process, tmp_path):
+    run_ranks(train, 2, "debug", tmp_path, 1, "train.accumulation_steps=2")
+    require_equal(tmp_path, one_process)
 
 
 def test_clipping_uses_the_norm_over_all_shards(tmp_path):
@@ -226,8 +244,23 @@ def train_with_nan(folder: Path) -> None:
     train("debug", folder, 2)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe(tmp_path, recipe):
+def method(config: Config) -> tuple[str, str]:
+    task = config.equivariance
+    if not task.enabled:
+        return config.train.centering, "nothing"
+    return config.train.centering, task.decoder if task.loss_weight else "control"
+
+
+@pytest.mark.parametrize("recipe", METHODS.values())
+def test_every_method(tmp_path, recipe):
     train(recipe, tmp_path / "one", 4)
     run_ranks(train, 2, recipe, tmp_path / "two", 2)
     require_equal(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_takes_steps_and_has_one_of_these_methods(tmp_path, recipe):
+    config = load_config(recipe, [*SMALL, "optim.steps=2", "train.batch_size_per_gpu=2"])
+    do_train(config, tmp_path)
+    assert len(metrics(tmp_path)) == 2
+    assert METHODS[method(config)] == recipe or recipe not in METHODS.values()
