@@ -105,12 +105,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         ImportError: the package safetensors is missing; reading does not need it.
         OSError: the file cannot be written.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.writing")
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    save_file(own, temporary, dict(metadata))
+    temporary.write_bytes(save(own, dict(metadata)))  # save_file would keep the file from everybody else
     os.replace(temporary, path)
 
 

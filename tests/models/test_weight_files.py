@@ -43,6 +43,8 @@ def test_writing_makes_the_folder_and_takes_views(tmp_path):
     found = read_weights(path)
     assert torch.equal(found["part"], whole[:, 1:]) and torch.equal(found["turned"], whole.T)
     assert read_metadata(path) == {"step": "3"} and os.listdir(path.parent) == ["w.safetensors"]
+    (tmp_path / "any").touch()
+    assert path.stat().st_mode == (tmp_path / "any").stat().st_mode  # for whoever may read the user's other files
 
 
 def test_torch_files_with_a_command_line_in_them(tmp_path):
