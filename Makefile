@@ -3,6 +3,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 
+# Packages come without bytecode. It is written where a module is first imported, also where the shell forbids that.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/.installed  ## pretrain on generated images, with the task and without, probe both and write a report

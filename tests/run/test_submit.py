@@ -5,7 +5,6 @@ import inspect
 import json
 import pickle
 import re
-import shlex
 import time
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from dinov2_eq.train.train import do_train
 from tests.helpers import TINY, tiny_config
 
 TRAIN = ["submit", "train", "--config-file", "debug", "--output-dir", "run", *TINY]
-GUIDE = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text()
 DATA = ["--train-dataset", "Shapes:split=TRAIN:num=24:size=32", "--val-dataset", "Shapes:split=VAL:num=12:size=32"]
 
 
@@ -94,16 +92,6 @@ def test_any_parameter_of_sbatch(capsys):
     # What would contradict them is left out.
     assert not [line for line in lines if line.startswith(("#SBATCH --gpus-per-node", "#SBATCH --mem="))]
     assert "#SBATCH --ntasks-per-node=8" in lines
-
-
-@pytest.mark.parametrize("line", re.findall(r"^dinov2-eq submit .*", GUIDE.replace("\\\n", ""), re.MULTILINE))
-def test_commands_of_the_guide(line, run_folder, capsys):
-    line = re.sub(r"ImageNet:split=\w+:root=\S+", "Shapes:split=TRAIN", line)
-    line = line.replace("--pretrained-weights runs/large", f"--pretrained-weights {run_folder}")
-    command = shlex.split(line, comments=True)[1:]
-    data = ["train.dataset_path=Shapes:split=TRAIN"] if command[1] == "train" else []  # the recipes want ImageNet
-    assert main([*command, "--print-sbatch", *data]) == 0
-    assert capsys.readouterr().out.startswith("#!/bin/bash")
 
 
 def test_names_that_dinov2_has(capsys):
