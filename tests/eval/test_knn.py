@@ -1,4 +1,5 @@
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -114,8 +115,20 @@ def test_classes_that_training_lacks(run_folder):
         run(run_folder, train="Shapes:split=TRAIN:num=8:size=32")
 
 
-@pytest.mark.parametrize("program", ["knn", "linear", "logreg", "equivariance"])
-def test_runs_as_a_script(program):
-    script = Path(__file__).parents[2] / "eval" / f"{program}.py"
-    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
+SCRIPTS = Path(__file__).parents[2] / "eval"
+
+
+def test_runs_as_a_script():
+    done = subprocess.run([sys.executable, str(SCRIPTS / "knn.py"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--pretrained-weights" in done.stdout
+
+
+@pytest.mark.parametrize("program", ["linear", "logreg", "equivariance"])
+def test_the_others_run_as_scripts(program, monkeypatch, capsys):
+    """As `python eval/linear.py --help` does, but in this process."""
+    script = SCRIPTS / f"{program}.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    monkeypatch.syspath_prepend(SCRIPTS)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stop.value.code == 0 and "--pretrained-weights" in capsys.readouterr().out

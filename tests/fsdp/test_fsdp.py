@@ -167,7 +167,7 @@ def test_another_global_batch_is_refused(saved_by_two, tmp_path):
 
 
 def test_accumulation_on_two_processes(one_process, tmp_path):
-    run_ranks(train, 2, "debug", tmp_path, 1, "train.accumulation_steps=2")
+    run_ranks(train, 2, "debug", tmp_path, 1, "train.accumulation_steps=2", *WATCHED)
     require_equal(tmp_path, one_process)
 
 

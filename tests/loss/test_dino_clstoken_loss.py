@@ -1,12 +1,11 @@
-import os
-import subprocess
-import sys
-
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dinov2_eq.loss import centered_softmax, dino_loss, sinkhorn_knopp
+from tests.processes import run_ranks
 
 
 def slow_dino_loss(student_logits: Tensor, teacher_probs: Tensor, student_temp: float) -> Tensor:
@@ -117,36 +116,22 @@ def test_sinkhorn_of_few_samples():
     torch.testing.assert_close(sinkhorn_knopp(torch.zeros(3, 5), 0.04), torch.full((3, 5), 0.2))
 
 
-PROCESS = """
-import sys
-import torch
-import torch.distributed as dist
-from dinov2_eq.loss import sinkhorn_knopp
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-for case, logits in enumerate(torch.load(f"{folder}/logits.pt")):
-    own = logits[:case] if rank == 0 else logits[case:]
-    torch.save(sinkhorn_knopp(own, 0.1), f"{folder}/{case}_{rank}.pt")
-dist.destroy_process_group()
-"""
-
-
-def test_sinkhorn_over_two_processes(tmp_path):
-    """Case k: the first k samples on process 0, the others on process 1; process 0 may have none."""
+def logits_of_two_processes() -> list[Tensor]:
     torch.manual_seed(0)
-    cases = [torch.randn(5, 4), torch.randn(5, 4) * torch.tensor([[30.0], [1], [1], [1], [1]]), torch.randn(2, 4)]
-    torch.save(cases, tmp_path / "logits.pt")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), str(tmp_path)], env=environment)
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-    for case, logits in enumerate(cases):
-        together = torch.cat([torch.load(tmp_path / f"{case}_{rank}.pt") for rank in range(2)])
+    return [torch.randn(5, 4), torch.randn(5, 4) * torch.tensor([[30.0], [1], [1], [1], [1]]), torch.randn(2, 4)]
+
+
+def sinkhorn_of_own_part() -> list[np.ndarray]:
+    """Case k: the first k samples on process 0, the others on process 1; process 0 may have none."""
+    dist.init_process_group("gloo")
+    own = [x[k:] if dist.get_rank() else x[:k] for k, x in enumerate(logits_of_two_processes())]
+    targets = [sinkhorn_knopp(logits, 0.1).numpy() for logits in own]
+    dist.destroy_process_group()
+    return targets
+
+
+def test_sinkhorn_over_two_processes():
+    parts = run_ranks(sinkhorn_of_own_part, 2)
+    for logits, first, second in zip(logits_of_two_processes(), *parts, strict=True):
+        together = torch.from_numpy(np.concatenate([first, second]))
         torch.testing.assert_close(together, sinkhorn_knopp(logits, 0.1), atol=1e-6, rtol=1e-4)

@@ -97,7 +97,7 @@ def _command(folder: Path, argv: Sequence[str]) -> None:
         sys.exit(cli.main(argv))
 
 
-def exit_codes(processes: Sequence[Process], timeout_s: float = 60) -> list[int]:
+def exit_codes(processes: Sequence[Process], timeout_s: float = 180) -> list[int]:
     """Processes that do not end in time are killed."""
     deadline = time.monotonic() + timeout_s
     for process in processes:

@@ -3,8 +3,11 @@
 import os
 import re
 import signal
+from collections.abc import Iterator
+from multiprocessing import Process
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -13,14 +16,25 @@ from dinov2_eq.distributed import get_rank
 from dinov2_eq.distributed.launch import find_launch, process_group
 from dinov2_eq.logging import setup_logging
 from tests.processes import start_ranks
-from tests.reliability.runs import exit_codes
+from tests.reliability.runs import Run, exit_codes
 
 KILLED = -signal.SIGKILL
 NAME = r"process {} \(host .+, pid \d+\)"
 
 
-def test_a_process_is_killed(run, uninterrupted):
-    assert run.train(fault="kill 1 6") == [5, KILLED]
+@pytest.fixture(scope="module")
+def struck(tmp_path_factory) -> Iterator[dict[str, tuple[Run, list[Process]]]]:
+    """Runs to which something happens that takes long to be noticed, with their processes: all wait together."""
+    runs = {fault: Run(tmp_path_factory.mktemp(fault)) for fault in ("kill", "stop", "memory")}
+    processes = {fault: run.start(fault=f"{fault} 1 6") for fault, run in runs.items()}
+    yield {fault: (runs[fault], processes[fault]) for fault in runs}
+    for process in (process for pair in processes.values() for process in pair):
+        process.kill()
+
+
+def test_a_process_is_killed(struck, uninterrupted):
+    run, processes = struck["kill"]
+    assert exit_codes(processes) == [5, KILLED]
     assert re.search(NAME.format(1) + r" has been silent for 1\d s\. This process ends", run.printed(0))
     run.goes_on(uninterrupted, 4)
 
@@ -46,8 +60,8 @@ def wait_for_each_other(folder):
         dist.barrier()
 
 
-def test_a_process_hangs(run, uninterrupted):
-    main, hung = run.start(fault="stop 1 6")
+def test_a_process_hangs(struck, uninterrupted):
+    run, (main, hung) = struck["stop"]
     assert exit_codes([main]) == [5]
     assert re.search(NAME.format(1) + r" has been silent for 2\d s", run.printed(0))
     assert hung.exitcode is None
@@ -73,9 +87,10 @@ def test_a_mistake_in_one_process(run, uninterrupted):
     run.goes_on(uninterrupted, 4)
 
 
-def test_an_error_of_one_process_that_may_be_another_ones_fault(run, uninterrupted):
+def test_an_error_of_one_process_that_may_be_another_ones_fault(struck, uninterrupted):
     """torch raises RuntimeError for what is wrong here and for a lost connection."""
-    assert run.train(fault="memory 1 6") == [5, 1]
+    run, processes = struck["memory"]
+    assert exit_codes(processes) == [5, 1]
     assert re.search(NAME.format(1) + " stopped: RuntimeError: out of memory", run.printed(0))
     assert "Traceback" in run.printed(1)
     run.goes_on(uninterrupted, 4)

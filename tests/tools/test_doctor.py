@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_eq.tools.doctor import main
+from dinov2_eq.tools import doctor as program
 from tests.slurm.cluster import Cluster, why_not
 
 DOCTOR = [sys.executable, "-m", "dinov2_eq.tools.doctor", "--config-file", "debug"]
@@ -20,12 +20,13 @@ def parse(output):
 
 
 @pytest.fixture
-def doctor(capsys):
+def doctor(capsys, monkeypatch):
     """Gives (exit code, lines) of a call with the recipe `debug` and more arguments."""
+    monkeypatch.setattr(program, "READING_S", 0.1)
 
     def call(*arguments):
         with pytest.raises(SystemExit) as stop:
-            main(["--config-file", "debug", *arguments])
+            program.main(["--config-file", "debug", *arguments])
         return stop.value.code, parse(capsys.readouterr().out)
 
     return call

@@ -2,6 +2,10 @@
 
 import json
 import logging
+import shutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +28,19 @@ def teacher(folder, step=6):
 
 def metrics(folder):
     return [json.loads(line) for line in (folder / "training_metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Callable[..., Path]:
+    """The folder of a finished run with these settings; to be copied by who changes it."""
+
+    @cache
+    def folder_of(*overrides: str) -> Path:
+        folder = tmp_path_factory.mktemp("finished")
+        do_train(tiny_config(*overrides), folder)
+        return folder
+
+    return folder_of
 
 
 class Interrupted(Exception):
@@ -53,16 +70,14 @@ def train_until(config, folder, step, monkeypatch):
         ["train.batch_size_per_gpu=2", "train.accumulation_steps=2", "train.num_workers=1"],
     ],
 )
-def test_three_plus_three_steps_equal_six(tmp_path, monkeypatch, overrides):
-    config = tiny_config(*overrides)
-    do_train(config, tmp_path / "whole")
-    train_until(config, tmp_path / "parts", 5, monkeypatch)  # killed after a checkpoint at 3 and two more steps
-    assert [line["step"] for line in metrics(tmp_path / "parts")] == [1, 2, 3, 4, 5]
-    do_train(config, tmp_path / "parts")
+def test_three_plus_three_steps_equal_six(finished, tmp_path, monkeypatch, overrides):
+    config, whole = tiny_config(*overrides), finished(*overrides)
+    train_until(config, tmp_path, 5, monkeypatch)  # killed after a checkpoint at 3 and two more steps
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    do_train(config, tmp_path)
 
-    whole, parts = teacher(tmp_path / "whole"), teacher(tmp_path / "parts")
-    torch.testing.assert_close(parts["teacher"], whole["teacher"], rtol=0, atol=0)
-    pairs = list(zip(metrics(tmp_path / "whole"), metrics(tmp_path / "parts"), strict=True))
+    torch.testing.assert_close(teacher(tmp_path)["teacher"], teacher(whole)["teacher"], rtol=0, atol=0)
+    pairs = list(zip(metrics(whole), metrics(tmp_path), strict=True))
     assert [line["step"] for line, _ in pairs] == [1, 2, 3, 4, 5, 6]
     for ours, theirs in pairs:
         assert ours["total_loss"] == theirs["total_loss"]
@@ -131,24 +146,23 @@ def test_samples_of_the_control_have_targets_but_no_reconstructions(tmp_path):
     assert "reconstructions" not in samples and samples["intermediate_targets"].shape[0] == 2
 
 
-def test_pictures_do_not_change_the_run(tmp_path):
-    do_train(tiny_config(), tmp_path / "without")
-    do_train(tiny_config("evaluation.sample_period_steps=1"), tmp_path / "with")
-    torch.testing.assert_close(
-        teacher(tmp_path / "with")["teacher"], teacher(tmp_path / "without")["teacher"], rtol=0, atol=0
-    )
+def test_pictures_do_not_change_the_run(finished, tmp_path):
+    do_train(tiny_config("evaluation.sample_period_steps=1"), tmp_path)
+    torch.testing.assert_close(teacher(tmp_path)["teacher"], teacher(finished())["teacher"], rtol=0, atol=0)
 
 
-def test_a_finished_run_is_left_alone(tmp_path, caplog):
-    do_train(tiny_config("optim.steps=2", "teacher.warmup_teacher_temp_steps=0"), tmp_path)
+SHORT = "optim.steps=3"
+
+
+def test_a_finished_run_is_left_alone(finished, tmp_path):
+    shutil.copytree(finished(SHORT), tmp_path, dirs_exist_ok=True)
     before = (tmp_path / "training_metrics.jsonl").read_text()
-    with caplog.at_level(logging.INFO):
-        do_train(tiny_config("optim.steps=2", "teacher.warmup_teacher_temp_steps=0"), tmp_path)
+    do_train(tiny_config(SHORT), tmp_path)
     assert (tmp_path / "training_metrics.jsonl").read_text() == before
 
 
-def test_no_resume_sets_the_earlier_run_aside(tmp_path):
-    do_train(tiny_config("optim.steps=3"), tmp_path)
+def test_no_resume_sets_the_earlier_run_aside(finished, tmp_path):
+    shutil.copytree(finished(SHORT), tmp_path, dirs_exist_ok=True)
     (tmp_path / "results_eval_knn.json").write_text("{}")
     do_train(tiny_config("optim.steps=2"), tmp_path, resume=False)
     assert {path.name for path in (tmp_path / "previous-1").iterdir()} >= {
@@ -158,36 +172,35 @@ def test_no_resume_sets_the_earlier_run_aside(tmp_path):
     assert [path.name for path in (tmp_path / "eval").iterdir()] == ["training_2"]
 
 
-def test_a_mistake_leaves_the_earlier_run_in_place(tmp_path):
-    do_train(tiny_config("optim.steps=2"), tmp_path)
+def test_a_mistake_leaves_the_earlier_run_in_place(finished, tmp_path):
+    shutil.copytree(finished(SHORT), tmp_path, dirs_exist_ok=True)
     with pytest.raises(DataError):
         do_train(tiny_config("train.dataset_path=Folder:root=/does/not/exist"), tmp_path, resume=False)
-    assert (tmp_path / "checkpoints" / "2").is_dir()
+    assert (tmp_path / "checkpoints" / "3").is_dir()
 
 
-def test_resume_with_a_changed_setting(tmp_path, caplog):
-    do_train(tiny_config("optim.steps=2"), tmp_path)
+def test_resume_with_a_changed_setting(finished, tmp_path):
+    shutil.copytree(finished(SHORT), tmp_path, dirs_exist_ok=True)
     with pytest.raises(ValueError, match=r"train.seed was 0, now 1.*--no-resume"):
         do_train(tiny_config("train.seed=1"), tmp_path)
-    do_train(tiny_config("optim.steps=3", "optim.base_lr=0.0001"), tmp_path)
+    do_train(tiny_config("optim.steps=4", "optim.base_lr=0.0001"), tmp_path)
     log = (tmp_path / "logs" / "log.0.txt").read_text()
-    assert "optim.base_lr was 0.001, now 0.0001" in log and "optim.steps was 2, now 3" in log
+    assert "optim.base_lr was 0.001, now 0.0001" in log and "optim.steps was 3, now 4" in log
 
 
-def test_resume_with_another_architecture(tmp_path):
-    do_train(tiny_config("optim.steps=3"), tmp_path)
+def test_resume_with_another_architecture(finished, tmp_path):
+    shutil.copytree(finished(SHORT), tmp_path, dirs_exist_ok=True)
     with pytest.raises(ValueError, match=r"is of another architecture: \d+ of \d+ tensors differ.*--no-resume"):
         do_train(tiny_config("student.arch=vit_small"), tmp_path)
 
 
-def test_resume_from_a_half_written_checkpoint(tmp_path):
-    config = tiny_config("optim.steps=3")
-    do_train(config, tmp_path)
+def test_resume_from_a_half_written_checkpoint(finished, tmp_path):
+    shutil.copytree(finished(SHORT), tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoints" / "3" / "manifest.json").unlink()
     with pytest.raises(ValueError, match="No checkpoint of this run can be resumed from"):
         do_train(tiny_config(), tmp_path)
     (tmp_path / "checkpoints" / "3").rename(tmp_path / "checkpoints" / "3.writing")
-    do_train(config, tmp_path)  # an unfinished folder counts as none: the run starts again
+    do_train(tiny_config(SHORT), tmp_path)  # an unfinished folder counts as none: the run starts again
     assert (tmp_path / "checkpoints" / "3").is_dir()
 
 
@@ -197,8 +210,10 @@ def test_output_folder_that_cannot_be_written(tmp_path):
         do_train(tiny_config(), tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("term", ["dino", "ibot", "koleo", "reconstruction"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("term", "value"),
+    [("dino", float("nan")), ("ibot", float("inf")), ("koleo", float("nan")), ("reconstruction", float("inf"))],
+)
 def test_a_non_finite_term_is_named_and_nothing_is_updated(tmp_path, monkeypatch, term, value):
     original = SSLMetaArch.forward
     seen = []
