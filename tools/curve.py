@@ -15,17 +15,21 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from dinov2_eq.evaluation.report_card import MEANS
 from dinov2_eq.evaluation.results import write_results
-from dinov2_eq.report.runs import COLORS
+from dinov2_eq.report.figures import as_svg
+from dinov2_eq.report.runs import Run, load_runs
+from dinov2_eq.train.online_knn import KNN_TOP1
 
-KNN, MEAN = "eval/knn_top1", "mean_border_free"
-BORDER_FREE = ("canvas", "none")
+MEAN = "mean_border_free"
 PANELS = {
     "knn_top1": "k-NN top-1 %",
     MEAN: "mean border-free R2",
     "rotation": "R2, rotation",
     "translation": "R2, shift",
 }
+
+Curves = Mapping[str, Sequence[Mapping[str, float]]]  # by run: a row for each step
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,60 +49,60 @@ def named_run(text: str) -> tuple[str, Path]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    curves = {name: curve_of(folder) for name, folder in args.runs}
-    protocols = {name: json.loads(results_of(folder).read_text())["protocol"] for name, folder in args.runs}
+    names, folders = zip(*args.runs, strict=True)
+    probes = {name: read_probe(folder) for name, folder in args.runs}
+    runs = dict(zip(names, load_runs(folders), strict=True))
+    curves = {name: curve_of(run, probes[name]) for name, run in runs.items()}
+    columns = [column for column in PANELS if all(column in row for rows in curves.values() for row in rows)]
+    protocols = {name: probe["protocol"] for name, probe in probes.items()}
     write_results(args.output, {"protocols": protocols, "curves": curves})
-    args.output.with_suffix(".md").write_text(table(curves), encoding="utf-8")
-    draw(curves, args.output.with_suffix(".svg"))
-    print(table(curves), end="")
+    text = table(curves, columns)
+    args.output.with_suffix(".md").write_text(text, encoding="utf-8")
+    colors = {name: run.color for name, run in runs.items()}
+    args.output.with_suffix(".svg").write_text(draw(curves, columns, colors), encoding="utf-8")
+    print(text, end="")
 
 
-def curve_of(folder: Path) -> list[dict[str, float]]:
-    """The numbers of a run by step, ascending.
-
-    Raises:
-        FileNotFoundError: the run was not probed.
-        ValueError: there is no step with both k-NN and R2.
-    """
-    results = json.loads(results_of(folder).read_text())
-    knn = {}
-    for line in (folder / "training_metrics.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        if KNN in entry:
-            knn[entry["step"]] = entry[KNN]
-    rows = []
-    for name, description in results["encoders"].items():
-        # What the run started from has steps of its own.
-        inside = Path(description["checkpoint"]).is_relative_to(folder.resolve())
-        step = description["step"] if inside else 0
-        if step in knn:
-            rows.append({"step": step, "knn_top1": knn[step], **r2_of(results, name)})
-    if not rows:
-        raise ValueError(
-            f"{folder} has no step with both k-NN and R2: train with evaluation.knn_period_steps, a divisor of "
-            "evaluation.eval_period_steps"
-        )
-    return sorted(rows, key=lambda row: row["step"])
-
-
-def r2_of(results: Mapping[str, Any], encoder: str) -> dict[str, float]:
-    """R2 by task without borders, and their mean where all four tasks were probed."""
-    rows = [row for row in results["rows"] if row["encoder"] == encoder and row["border"] in BORDER_FREE]
-    means = [row for row in results["summary"] if row["encoder"] == encoder and row["name"] == MEAN]
-    return {row.get("task", MEAN): row["r2_pooled"] for row in [*rows, *means]}
-
-
-def results_of(folder: Path) -> Path:
+def read_probe(folder: Path) -> dict[str, Any]:
+    """Raises FileNotFoundError where the run was not probed."""
     path = folder / "curve" / "results_eval_equivariance.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing; 'dinov2-eq eval equivariance --output-dir {folder}/curve' makes it"
         )
-    return path
+    return json.loads(path.read_text())
 
 
-def table(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-    columns = [name for name in PANELS if all(name in row for rows in curves.values() for row in rows)]
+def curve_of(run: Run, probe: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The numbers of a run by step, ascending.
+
+    Raises:
+        ValueError: there is no step with both k-NN and R2.
+    """
+    knn = dict(zip(*(values.tolist() for values in run.curve(KNN_TOP1)), strict=True))
+    rows = []
+    for name, description in probe["encoders"].items():
+        # What the run started from has steps of its own.
+        inside = Path(description["checkpoint"]).is_relative_to(run.folder)
+        step = description["step"] if inside else 0
+        if step in knn:
+            rows.append({"step": step, "knn_top1": knn[step], **r2_of(probe, name)})
+    if not rows:
+        raise ValueError(
+            f"{run.folder} has no step with both k-NN and R2: train with evaluation.knn_period_steps, a divisor of "
+            "evaluation.eval_period_steps"
+        )
+    return sorted(rows, key=lambda row: row["step"])
+
+
+def r2_of(probe: Mapping[str, Any], encoder: str) -> dict[str, float]:
+    """R2 by task without borders, and their mean where all four tasks were probed."""
+    rows = [row for row in probe["rows"] if row["encoder"] == encoder and row["border"] in MEANS[MEAN]]
+    means = [row for row in probe["summary"] if row["encoder"] == encoder and row["name"] == MEAN]
+    return {row.get("task", MEAN): row["r2_pooled"] for row in [*rows, *means]}
+
+
+def table(curves: Curves, columns: Sequence[str]) -> str:
     lines = [["run", "step", *(PANELS[name] for name in columns)], ["---", *["---:"] * (len(columns) + 1)]]
     for run, rows in curves.items():
         for row in rows:
@@ -107,27 +111,20 @@ def table(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def draw(curves: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    """One panel for each number, one line for each run."""
-    shown = [name for name in PANELS if all(name in row for rows in curves.values() for row in rows)]
-    figure = Figure(figsize=(2.6 * len(shown), 2.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        for color, (run, rows) in zip(COLORS, curves.items(), strict=False):
-            axes.plot(
-                [row["step"] for row in rows],
-                [row[name] for row in rows],
-                color=color,
-                marker="o",
-                markersize=3,
-                label=run,
-            )
+def draw(curves: Curves, columns: Sequence[str], colors: Mapping[str, str]) -> str:
+    """An SVG file with a panel for each number and a line for each run."""
+    figure = Figure(figsize=(2.6 * len(columns), 2.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
+        for run, rows in curves.items():
+            points = [row["step"] for row in rows], [row[name] for row in rows]
+            axes.plot(*points, color=colors[run], marker="o", markersize=3, label=run)
         axes.set_title(PANELS[name], fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(linewidth=0.4)
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8)
-    figure.savefig(path, metadata={"Date": None})
+    return as_svg(figure)
 
 
 if __name__ == "__main__":

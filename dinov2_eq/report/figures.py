@@ -139,12 +139,16 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.array([w.mean() for w in windows[0]]), np.array([w.mean() for w in windows[1]])
 
 
-def _svg_uri(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
+    """A whole SVG file; the same figure gives the same text."""
     buffer = io.StringIO()
-    # Fixed salt and no date: the same run gives the same page.
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "dinov2_eq"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def _svg_uri(figure: Figure) -> str:
+    svg = as_svg(figure)
     start = svg.index("<svg")
     opening_end = svg.index(">", start) + 1
     return _data_uri("image/svg+xml", (svg[start:opening_end] + _STYLE + svg[opening_end:]).encode())

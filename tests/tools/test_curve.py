@@ -5,12 +5,14 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
+from dinov2_eq.config.load import load_config, to_yaml
 from dinov2_eq.tools import curve
 
 
 def write_run(folder, knn, r2, start):
     """A run folder with k-NN by step, and R2 of its checkpoints and of the weights that it started from."""
     (folder / "curve").mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(load_config("debug")))
     lines = [{"step": step, "eval/knn_top1": value} for step, value in knn.items()] + [{"step": 5, "lr": 0.1}]
     (folder / "training_metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rows, summary, encoders = [], [], {}
