@@ -210,10 +210,8 @@ def test_output_folder_that_cannot_be_written(tmp_path):
         do_train(tiny_config(), tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize(
-    ("term", "value"),
-    [("dino", float("nan")), ("ibot", float("inf")), ("koleo", float("nan")), ("reconstruction", float("inf"))],
-)
+@pytest.mark.parametrize("term", ["dino", "ibot", "koleo", "reconstruction"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_term_is_named_and_nothing_is_updated(tmp_path, monkeypatch, term, value):
     original = SSLMetaArch.forward
     seen = []
