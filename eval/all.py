@@ -13,12 +13,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dinov2_eq.evaluation.encoder import find_checkpoint
 from dinov2_eq.evaluation.summary import Entry, read_numbers, write_summary
 from dinov2_eq.logging import check_writable, setup_logging
 from dinov2_eq.report import render_evaluations
 
 PROGRAMS = ("knn", "linear", "logreg", "equivariance")
-COMMAND = "command.json"  # beside the results: what made them
+COMMAND = "command.json"  # beside the results: what made them, or what was submitted to make them
 LOG = "log.txt"
 PAGE_NAME = "summary.html"
 
@@ -29,6 +30,7 @@ class Task(NamedTuple):
     """One evaluation of one encoder, with the folder of its results."""
 
     encoder: str
+    source: str  # of the encoder, see `load_encoder`
     evaluation: str
     program: str
     argv: list[str]
@@ -45,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a job for each evaluation, with these flags of 'dinov2-eq submit', such as '--partition gpu'; the same "
         "command later makes the table of what is done",
     )
+    parser.add_argument("--resubmit", action="store_true", help="start again what was submitted and has no results")
     return parser
 
 
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     entries = []
     for number, task in enumerate(tasks, start=1):
         logger.info("%d of %d: %s of %s", number, len(tasks), task.evaluation, task.encoder)
-        entries.append(carry_out(task, args.submit))
+        entries.append(carry_out(task, args.submit, args.resubmit))
         summary = write_summary(args.output_dir, entries)
         (args.output_dir / PAGE_NAME).write_text(render_evaluations(*summary), encoding="utf-8")
     print(summary.markdown())
@@ -98,7 +101,7 @@ def read_list(path: Path, output_dir: Path) -> list[Task]:
                 )
             folder = output_dir / str(encoder) / str(evaluation)
             given = ["--encoder", str(source), "--output-dir", str(folder), *as_flags(flags)]
-            tasks.append(Task(str(encoder), str(evaluation), program, given, folder))
+            tasks.append(Task(str(encoder), str(source), str(evaluation), program, given, folder))
     return tasks
 
 
@@ -114,30 +117,48 @@ def as_flags(flags: dict[str, Any]) -> list[str]:
     return argv
 
 
-def carry_out(task: Task, submit: str | None) -> Entry:
-    """Runs or submits the evaluation, unless its results are there already and the same command made them."""
-    made_by = task.folder / COMMAND
-    command = [task.program, *task.argv]
+def carry_out(task: Task, submit: str | None, resubmit: bool) -> Entry:
+    """Runs or submits the evaluation, unless the same command was given before for the same weights.
+
+    Then its results count, or what was submitted is waited for, unless `resubmit`.
+    """
+    made_by, log = task.folder / COMMAND, task.folder / LOG
+    made_from = {"command": [task.program, *task.argv], "weights": stamp(task.source)}
+    before = json.loads(made_by.read_text()) if made_by.exists() else None
     numbers = read_numbers(task.folder)
-    if numbers and made_by.exists() and json.loads(made_by.read_text()) == command:
+    if numbers and before in (made_from | {"submitted": False}, made_from | {"submitted": True}):
         return Entry(task.encoder, task.evaluation, "done", numbers)
-    for stale in task.folder.glob("results_eval_*.json"):
-        stale.unlink()
+    if before == made_from | {"submitted": True} and not resubmit:
+        return Entry(task.encoder, task.evaluation, "submitted", {}, f"no results yet, see {log}; or --resubmit")
+    for stale in [made_by, *task.folder.glob("results_eval_*.json")]:
+        stale.unlink(missing_ok=True)
     task.folder.mkdir(parents=True, exist_ok=True)
-    made_by.write_text(json.dumps(command))
-    words = ["eval", *command] if submit is None else ["submit", task.program, *submit.split(), *task.argv]
-    log = task.folder / LOG
+    words = ["eval", task.program] if submit is None else ["submit", task.program, *submit.split()]
     with log.open("w") as file:
         code = subprocess.run(
-            [sys.executable, "-m", "dinov2_eq.run.cli", *words], stdout=file, stderr=subprocess.STDOUT
+            [sys.executable, "-m", "dinov2_eq.run.cli", *words, *task.argv], stdout=file, stderr=subprocess.STDOUT
         ).returncode
     if code:
         lines = log.read_text().strip().splitlines()
         note = f"{lines[-1] if lines else f'exit code {code}'} (see {log})"
         logger.error("%s of %s failed: %s", task.evaluation, task.encoder, note)
         return Entry(task.encoder, task.evaluation, "failed", {}, note)
+    made_by.write_text(json.dumps(made_from | {"submitted": submit is not None}))
     numbers = read_numbers(task.folder)
     return Entry(task.encoder, task.evaluation, "done" if numbers else "submitted", numbers)
+
+
+def stamp(source: str) -> dict[str, Any] | None:
+    """Which file a path means today, with its size and time: a run's newest teacher is soon another one.
+
+    None where the source is no path, or one that the evaluation will refuse.
+    """
+    path = Path(source.removeprefix("random:"))
+    try:
+        file = find_checkpoint(path).resolve()
+    except FileNotFoundError:
+        return None
+    return {"file": str(file), "bytes": file.stat().st_size, "written_ns": file.stat().st_mtime_ns}
 
 
 if __name__ == "__main__":

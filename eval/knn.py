@@ -100,7 +100,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         "notices": notices,
     }
     found = {"protocol": protocol, "encoder": encoder.description, "results": results}
-    publish(folder / FILE_NAME, found, results_table(results))
+    publish(folder / FILE_NAME, found, "\n".join([results_table(results), *notices]))
 
 
 def draw_subsets(labels: Tensor, n_per_class: int, n_tries: int) -> list[Tensor]:

@@ -22,7 +22,7 @@ from dinov2_eq.evaluation.command_line import (
     positive,
     protocol_of,
 )
-from dinov2_eq.evaluation.encoder import Encoder, load_encoder
+from dinov2_eq.evaluation.encoder import Encoder, fingerprint, load_encoder
 from dinov2_eq.evaluation.features import CENTRE, FeatureExtractor
 from dinov2_eq.evaluation.labelled import LabelledImages, draw_subset, read_labelled, split_held_out
 from dinov2_eq.evaluation.linear_training import GridCheckpoints, train_grid
@@ -191,6 +191,7 @@ def fixed_settings(args: argparse.Namespace, encoder: Encoder, grid: HeadGrid) -
         "--epochs times --epoch-length": args.epochs * args.epoch_length,
         "--batch-size times processes": args.batch_size * get_world_size(),
         "the encoder": encoder.description,
+        "the encoder's weights": fingerprint(encoder.backbone),
     }
 
 

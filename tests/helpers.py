@@ -1,7 +1,16 @@
-"""A run so small that whole trainings fit in a unit test."""
+"""A run so small that whole trainings fit in a unit test, and programs without an interpreter of their own."""
+
+import contextlib
+import importlib
+import subprocess
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
 
 from dinov2_eq.config.load import load_config
 from dinov2_eq.config.schema import Config
+from dinov2_eq.run import cli
 
 TINY = [
     "student.depth=1",
@@ -19,3 +28,29 @@ TINY = [
 
 def tiny_config(*overrides: str) -> Config:
     return load_config("debug", [*TINY, *overrides])
+
+
+def in_this_process(words: list[str]) -> int:
+    """The exit code of `dinov2-eq WORDS`."""
+    try:
+        return cli.main(words)
+    except SystemExit as stop:
+        return stop.code or 0
+
+
+def stand_in_for_programs(monkeypatch: pytest.MonkeyPatch, carry_out: Callable[[list[str]], int]) -> list[list[str]]:
+    """`eval all` calls this where it would start an interpreter for each evaluation, which takes most of its time.
+
+    Returns:
+        the words that each program was given, filled while `eval all` goes on.
+    """
+    calls: list[list[str]] = []
+
+    def run(words, stdout, **_):
+        calls.append(words[3:])
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+            return SimpleNamespace(returncode=carry_out(words[3:]))
+
+    eval_all = importlib.import_module("dinov2_eq.eval.all")
+    monkeypatch.setattr(eval_all, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    return calls

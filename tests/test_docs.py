@@ -11,13 +11,11 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +28,7 @@ from dinov2_eq.config.schema import Config
 from dinov2_eq.models import build_backbone
 from dinov2_eq.run.cli import COMMANDS, find_command, main
 from dinov2_eq.train.train import do_train
-from tests.helpers import tiny_config
+from tests.helpers import in_this_process, stand_in_for_programs, tiny_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -201,13 +199,6 @@ def listed(command: str) -> list[Listed]:
     return [entry for entry in NOT_RUN_HERE if re.match(rf"(?:{entry.written})(?!\w)", command)]
 
 
-def in_this_process(words: list[str]) -> int:
-    try:
-        return main(words)
-    except SystemExit as stop:
-        return stop.code or 0
-
-
 class Reader:
     """Follows a page in the working directory."""
 
@@ -284,13 +275,7 @@ def reader(template, tmp_path, monkeypatch) -> Callable[[str], Reader]:
     monkeypatch.setenv("PATH", os.pathsep.join([str(slurm), os.environ["PATH"]]))
     monkeypatch.chdir(tmp_path)
 
-    def run(words, stdout, **_):
-        with contextlib.redirect_stdout(stdout):
-            return SimpleNamespace(returncode=in_this_process(words[3:]))
-
-    # A new interpreter for each evaluation of a list, and a compiler, would take most of the time.
-    eval_all = importlib.import_module("dinov2_eq.eval.all")
-    monkeypatch.setattr(eval_all, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    stand_in_for_programs(monkeypatch, in_this_process)
     monkeypatch.setattr("dinov2_eq.tools.doctor.why_compile_fails", lambda device: "")
     return arrive
 

@@ -185,7 +185,9 @@ def compare(features: Features, encoder: Encoder, as_there: DinoVisionTransforme
 
 
 def largest_difference(found: Tokens, expected: Tokens) -> float:
-    return max((ours - theirs).abs().max().item() for ours, theirs in zip(found, expected, strict=True))
+    """NaN where a feature is."""
+    differences = [(ours - theirs).abs().max() for ours, theirs in zip(found, expected, strict=True)]
+    return torch.stack(differences).max().item()  # Python's own max would lose a NaN
 
 
 def resizing(backbone: DinoVisionTransformer, antialias: bool) -> DinoVisionTransformer:

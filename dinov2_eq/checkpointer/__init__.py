@@ -177,7 +177,7 @@ class Checkpointer:
         """
         damages = []
         for step in reversed(from_main_process(self._look)):
-            damage = self._damage(step)
+            damage = self.damage(str(step))
             if damage is None:
                 return step
             folder = self.folder / str(step)
@@ -223,9 +223,12 @@ class Checkpointer:
             logger.warning("%s was never finished; it is ignored", leftover)
         return self.steps()
 
-    def _damage(self, step: int) -> str | None:
-        """Each process reads its share of the files; the answer is the same on all."""
-        folder = self.folder / str(step)
+    def damage(self, name: str) -> str | None:
+        """What is wrong with a folder in here, None where nothing is; the same answer on all processes.
+
+        Each reads its share of the files.
+        """
+        folder = self.folder / name
         try:
             manifest = from_main_process(lambda: json.loads((folder / MANIFEST).read_text()))
         except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ def load_config(config_file: str | None, overrides: Sequence[str] = ()) -> Confi
     sources = _read_with_bases(find_recipe(config_file)) if config_file else []
     sources.append(("command line", _parse_overrides(overrides)))
     for source, values in sources:
-        _reject_unknown_keys(values, source)
+        _reject_unknown_keys(values, merged, source)
         try:
-            merged = OmegaConf.merge(merged, values)
+            merged.merge_with(values)
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"{source}: wrong value for {error.full_key}: {reason}") from None
@@ -56,11 +57,11 @@ def find_recipe(config_file: str) -> Path:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Plain nested dict of a config, ready for YAML, JSON or a checkpoint."""
-    return OmegaConf.to_container(OmegaConf.structured(config))
+    return asdict(config)
 
 
 def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(to_dict(config))
 
 
 def _read_with_bases(path: Path) -> list[tuple[str, DictConfig]]:
@@ -106,8 +107,8 @@ def _leaves(values: Any, prefix: str = "") -> Iterator[str]:
             yield full_key
 
 
-def _reject_unknown_keys(values: DictConfig, source: str) -> None:
-    known = list(_leaves(to_dict(Config())))
+def _reject_unknown_keys(values: DictConfig, schema: DictConfig, source: str) -> None:
+    known = list(_leaves(OmegaConf.to_container(schema)))
     for key in _leaves(OmegaConf.to_container(values)):
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)

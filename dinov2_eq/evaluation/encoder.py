@@ -1,5 +1,6 @@
 """Any encoder for the evaluations: of a run, of a file of weights, of another library, or with random weights."""
 
+import hashlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from dinov2_eq.config.load import load_config, to_dict
 from dinov2_eq.config.schema import StudentConfig
-from dinov2_eq.evaluation.foreign_backbones import (
+from dinov2_eq.models import DinoVisionTransformer, build_backbone
+from dinov2_eq.models.convert import adapt, backbone_arguments, describe_misfit, infer_architecture, to_dinov2
+from dinov2_eq.models.foreign_backbones import (
     IMAGENET_MEAN,
     IMAGENET_SIZE,
     IMAGENET_STD,
@@ -21,10 +24,9 @@ from dinov2_eq.evaluation.foreign_backbones import (
     Foreign,
     require_tokens,
 )
-from dinov2_eq.models import DinoVisionTransformer, build_backbone
-from dinov2_eq.models.convert import adapt, backbone_arguments, describe_misfit, infer_architecture, to_dinov2
 from dinov2_eq.models.weight_files import read_checkpoint
 
+ADAPTABLE = {"pos_embed", "mask_token"}  # resized as the backbone would do it; not used in evaluations
 CHECKPOINTS = "eval/training_*/teacher_checkpoint.pth"
 SEED = 0  # of random weights, where none is asked for
 RANDOM = re.compile(r"(?P<arch>\w+)/(?P<patch_size>\d+)(?:@(?P<img_size>\d+))?")
@@ -34,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Encoder:
-    backbone: nn.Module  # in eval mode, on the CPU; answers as `evaluation.foreign_backbones` says
+    backbone: nn.Module  # in eval mode, on the CPU; answers as `models.foreign_backbones` says
     image_size: int  # side, in pixels, of the images it was trained with
     mean: list[float]  # pixel statistics, in [0, 1]
     std: list[float]
@@ -98,14 +100,22 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
+def fingerprint(backbone: nn.Module) -> str:
+    """SHA-256 of all weights: a path alone does not say that its file is still the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _load_file(source: str, path: Path, config_file: str | None) -> Encoder:
     content, own, step = read_checkpoint(path)
-    is_ours = own is not None or ("teacher" in content and "student" not in content)  # DINO and iBOT save both
     try:
         weights = to_dinov2(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if is_ours or config_file:
+    if own or config_file:
         config = _choose_config(path, own, config_file)
         settings = _encoder_settings(config)
         image_size, mean, std = settings["global_crops_size"], settings["mean"], settings["std"]
@@ -122,7 +132,7 @@ def _load_file(source: str, path: Path, config_file: str | None) -> Encoder:
             image_size,
         )
     backbone = untrained()
-    num_tensors = _load_strictly(backbone, weights, path, is_ours)
+    num_tensors = _load_strictly(backbone, weights, path, is_ours=own is not None)
     return Encoder(
         backbone=_frozen(backbone),
         image_size=image_size,
@@ -137,18 +147,20 @@ def _load_file(source: str, path: Path, config_file: str | None) -> Encoder:
 
 
 def _load_strictly(backbone: DinoVisionTransformer, weights: Mapping[str, Tensor], path: Path, is_ours: bool) -> int:
-    """All names and shapes must agree; weights of others may need another size. Returns the number of tensors."""
+    """All names and shapes must agree; weights of others may have another position table and lack the mask token.
+
+    Returns the number of tensors.
+    """
     expected, notes = backbone.state_dict(), []
-    if is_ours and (misfit := describe_misfit(expected, weights)):
+    adaptable = () if is_ours else ADAPTABLE
+    compared = [{key: each[key] for key in each.keys() - adaptable} for each in (expected, weights)]
+    if misfit := describe_misfit(*compared):
         raise ValueError(
-            f"The weights of {path} belong to another architecture than its config describes: {misfit}. "
+            f"The weights of {path} belong to another architecture than the config describes: {misfit}. "
             "Pass the --config-file it was trained with."
         )
     if not is_ours:
-        try:
-            weights, notes = adapt(weights, backbone)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        weights, notes = adapt(weights, backbone)
     backbone.load_state_dict(weights)
     changed = f" ({'; '.join(notes)})" if notes else ""
     logger.info("loaded %d of %d tensors of the backbone from %s%s", len(expected), len(expected), path, changed)
@@ -166,6 +178,9 @@ def _load_foreign(source: str, kind: str, name: str) -> Encoder:
 def _load_random(what: str) -> Encoder:
     source = f"random:{what}"
     kind, _, name = what.partition(":")
+    if kind == "hub" or Path(what).exists():  # a release may have fewer blocks than its entry point builds
+        encoder = random_encoder(load_encoder(what), SEED)
+        return replace(encoder, description={**encoder.description, "source": source})
     if kind in LOADERS:
         foreign = _seeded(lambda: LOADERS[kind](name, False), SEED)
     elif found := RANDOM.fullmatch(what):
@@ -173,9 +188,6 @@ def _load_random(what: str) -> Encoder:
         image_size = int(found["img_size"] or IMAGENET_SIZE)
         untrained = partial(build_backbone, found["arch"], patch_size=patch_size, img_size=image_size)
         foreign = Foreign(_seeded(untrained, SEED), untrained, image_size, IMAGENET_MEAN, IMAGENET_STD)
-    elif Path(what).exists():
-        encoder = random_encoder(load_encoder(what), SEED)
-        return replace(encoder, description={**encoder.description, "source": source})
     else:
         raise ValueError(
             f"{source}: write random:ARCH/PATCH or random:ARCH/PATCH@SIZE, for example random:vit_small/16, "
@@ -223,11 +235,6 @@ def _seeded(build: Callable[[], Any], seed: int) -> Any:
 
 def _choose_config(path: Path, own: dict[str, Any] | None, config_file: str | None) -> dict[str, Any]:
     given = to_dict(load_config(config_file)) if config_file else None
-    if own is None and given is None:
-        raise ValueError(
-            f"{path} carries no config, so its architecture is unknown; pass --config-file with the YAML it was "
-            "trained with (the sections student and crops are enough)"
-        )
     if own is None or given is None:
         return given or own
     if differences := list(_differences(_encoder_settings(own), _encoder_settings(given))):

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dinov2_eq.data.datasets.base import DataError
+from dinov2_eq.data.datasets.data_string import parse_data_string
 from dinov2_eq.hub.backbones import entry_point_of
 from dinov2_eq.models.convert import backbone_arguments
 
@@ -16,7 +18,9 @@ CHECK_COLUMNS = {
     "difference_as_trained": "difference to the checkpoint",
     "largest": "largest feature",
 }
-PATHS = re.compile(r"(?:(?<==)|(?<=: )|^)(?:~|[A-Za-z]:)?[/\\](?:[^:]*[/\\])?")  # all but the last part
+# Schemes such as "timm:local-dir:", then a path that begins at a root, at home or at the folder here or above.
+PLACE = re.compile(r"((?:\w[\w-]+:)*)(?!//)(?:~|[A-Za-z]:|\.{1,2})?[/\\](?:.*[/\\])?(.*)")
+RELATIVE_FILE = re.compile(r"[^\s:]+[/\\]([^\s:/\\]+\.\w+)")
 PREPARE = """\
 import torch
 
@@ -76,10 +80,30 @@ class_token, patch_tokens = session.run(["class_token", "patch_tokens"], {{"imag
 def without_paths(value: Any) -> Any:
     """The same config or data string, with no more of a path than its last part: nothing of the machine it ran on."""
     if isinstance(value, str):
-        return PATHS.sub("", value)
+        return _without_path(value)
     if isinstance(value, Mapping):
         return {key: without_paths(item) for key, item in value.items()}
     return [without_paths(item) for item in value] if isinstance(value, list) else value
+
+
+def _without_path(text: str) -> str:
+    try:
+        name, options = parse_data_string(text)
+    except DataError:
+        options = {}
+    if options:
+        short = {key: "::".join(map(_last_part, value.split("::"))) for key, value in options.items()}
+        return ":".join(
+            [name, *(f"{key}={value!r}" if ":" in value else f"{key}={value}" for key, value in short.items())]
+        )
+    if found := PLACE.fullmatch(text):
+        return found[1] + found[2]
+    return RELATIVE_FILE.sub(r"\1", text) if RELATIVE_FILE.fullmatch(text) else text
+
+
+def _last_part(place: str) -> str:
+    """Of a path; a URL stays as it is."""
+    return place if "://" in place else re.split(r"[/\\]", place.rstrip("/\\"))[-1]
 
 
 def loading_code(target: str, file: str, config: Mapping[str, Any]) -> str:
@@ -219,7 +243,7 @@ def numbers_in(value: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[str, f
         for item in value:
             yield from numbers_in(item, names)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield without_paths(": ".join(names)), value
+        yield ": ".join(map(without_paths, names)), value
 
 
 def measurements(run: Mapping[str, Any], step: int | None) -> dict[str, list[tuple[str, float]]]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from dinov2_eq.models import DinoVisionTransformer, build_backbone
 from dinov2_eq.models.resize import resize_channels, resize_patch_kernel, resize_positions
 
-HEAD_DIM = 64  # channels of an attention head in every published model
+HEAD_DIM = 64  # channels of an attention head, at these widths in nearly every published model
+WIDTHS = (192, 384, 768, 1024, 1536)
 DEFAULT_MLP_RATIO = 4.0
 NUM_SHOWN = 3  # names in a message
 ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")  # every backbone has one
@@ -176,14 +177,15 @@ def _is_square(number: int) -> bool:
 def infer_architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of the `DinoVisionTransformer` that these weights are of.
 
-    What weights do not tell is taken to be as published: 64 channels in each attention head, and position tables
-    resized as DINOv2 does, exactly and with antialiasing where there are registers, with the offset 0.1 otherwise.
+    What weights do not tell is taken to be as published: 64 channels in each attention head (the log says so), and
+    position tables resized as DINOv2 does, exactly and with antialiasing where there are registers, with the offset 0.1
+    otherwise.
 
     Args:
         weights: under DINOv2's names, see `to_dinov2`.
 
     Raises:
-        ValueError: a tensor is missing that tells part of it, or the width is no multiple of 64.
+        ValueError: a tensor is missing that tells part of it, or a width at which heads differ from model to model.
     """
     try:
         dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
@@ -192,11 +194,13 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         width = weights["blocks.0.mlp.w3.weight" if gated else "blocks.0.mlp.fc2.weight"].shape[1]
     except KeyError as error:
         raise ValueError(f"Weights without {error} do not tell their architecture; they are not whole") from None
-    if dim % HEAD_DIM:
+    if dim not in WIDTHS:
         raise ValueError(
-            f"Tokens of {dim} channels do not split into heads of {HEAD_DIM}, so the number of heads is unknown; build "
-            "the backbone from its own config"
+            f"Weights do not tell the number of attention heads, and tokens of {dim} channels have no usual one (of "
+            f"{', '.join(map(str, WIDTHS))} they have one for {HEAD_DIM}). Load the model through its library, "
+            "timm:NAME or hf:NAME, or give the config it was trained with"
         )
+    logger.info("%d attention heads are assumed, one for %d channels", dim // HEAD_DIM, HEAD_DIM)
     registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
     return {
         "img_size": patch_size * round((num_positions - 1) ** 0.5),

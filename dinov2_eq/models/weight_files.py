@@ -8,9 +8,9 @@ import argparse
 import hashlib
 import json
 import os
-import pickle
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,12 +79,13 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> Checkpoint:
         FileNotFoundError, ValueError: as `read_weights`.
     """
     content, metadata = read_weights(path, sha256), read_metadata(path)
-    if "config" in metadata:
-        return Checkpoint(content, json.loads(metadata["config"]), int(metadata["step"]))
-    config = content.get("config")
+    config, step = content.get("config"), content.get("step")
+    if metadata.keys() >= {"config", "step"}:
+        with suppress(TypeError, ValueError):  # somebody else's notes under the same names
+            config, step = json.loads(metadata["config"]), int(metadata["step"])
     if not isinstance(config, Mapping) or "student" not in config:
         return Checkpoint(content, None, None)
-    return Checkpoint(content, dict(config), content.get("step"))
+    return Checkpoint(content, dict(config), step)
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -95,7 +96,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         ValueError: a damaged file.
     """
     path = _existing(path)
-    return _read_header(path)[0].get(METADATA, {}) if path.suffix == ".safetensors" else {}
+    return _read_header(path)[0].get(METADATA) or {} if path.suffix == ".safetensors" else {}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -141,7 +142,9 @@ def _read_torch(path: Path) -> Any:
         # DINO and iBOT keep their command line in the checkpoint, a Namespace: attributes and nothing else.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what damaged bytes make of the reader: nearly every kind
         text = str(error)
         if refused := re.search(r"(?:GLOBAL|global:?|class|function) (\w+(?:\.\w+)+)", text):
             raise ValueError(

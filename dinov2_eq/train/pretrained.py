@@ -1,11 +1,9 @@
 """What training starts from in place of random weights: `student.pretrained_weights`."""
 
-import importlib
 import logging
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,24 +14,33 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from dinov2_eq.checkpointer import Checkpointer, read_model
 from dinov2_eq.distributed import is_distributed
 from dinov2_eq.models import DinoVisionTransformer
-from dinov2_eq.models.convert import adapt, describe_misfit, to_dinov2
+from dinov2_eq.models.convert import HEAD_DIM, adapt, describe_misfit, to_dinov2
+from dinov2_eq.models.foreign_backbones import LOADERS
 from dinov2_eq.models.weight_files import read_checkpoint
 from dinov2_eq.train.run_folder import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
 
 Parts = Mapping[str, Mapping[str, Tensor]]  # state dicts by module: "backbone", "projection", "dino_head", ...
-LIBRARIES = {"timm": "timm", "hf": "transformers"}
+LIBRARIES = ("timm", "hf")
 
 
 def find_pretrained(source: str) -> str | Path:
     """The training checkpoint that a run folder means, else `source` itself, "" for none; all processes must call it.
 
     Raises:
-        ValueError: a folder without a whole training checkpoint.
+        ValueError: a folder without a whole training checkpoint, or a damaged one.
     """
     path = Path(source)
-    if not source or not path.is_dir() or path.parent.name == CHECKPOINTS:
+    if not source or not path.is_dir():
+        return source
+    if path.parent.name == CHECKPOINTS:
+        with closing(Checkpointer(path.parent, keep=1)) as checkpointer:
+            damage = checkpointer.damage(path.name)
+        if damage:
+            raise ValueError(
+                f"student.pretrained_weights={source} is damaged ({damage}); give another step, or the run"
+            )
         return source
     with closing(Checkpointer(path / CHECKPOINTS, keep=1)) as checkpointer:
         step = checkpointer.newest_whole()
@@ -55,7 +62,8 @@ def read_pretrained(source: str | Path) -> Parts:
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: it holds no backbone in a known naming, or the library it needs is not installed.
+        ValueError: it holds no backbone in a known naming, is damaged, or the library it needs is not installed or
+            cannot give the whole model.
     """
     kind, _, name = str(source).partition(":")
     if kind in LIBRARIES and name:
@@ -65,8 +73,9 @@ def read_pretrained(source: str | Path) -> Parts:
         model = read_model(path)
         return _split({name.removeprefix("student."): tensor for name, tensor in model.items()}, without=("teacher",))
     weights, config, _ = read_checkpoint(path)
-    if config is not None:  # ours: a teacher checkpoint, with heads and projection, or a release, with projection
-        return _split(weights.get("teacher", weights))
+    teacher = weights.get("teacher", weights)
+    if config is not None and any(name.startswith("backbone.") for name in teacher):
+        return _split(teacher)  # ours: a teacher checkpoint, with heads and projection, or a release, with projection
     return {"backbone": to_dinov2(weights)}
 
 
@@ -123,16 +132,15 @@ def _split(weights: Mapping[str, Tensor], without: tuple[str, ...] = ()) -> Part
     return parts
 
 
-def _from_library(kind: str, name: str) -> dict[str, Any]:
-    try:
-        library = importlib.import_module(LIBRARIES[kind])
-    except ImportError:
-        raise ValueError(
-            f"student.pretrained_weights={kind}:{name} needs a package: pip install {LIBRARIES[kind]}"
-        ) from None
-    model = (
-        library.create_model(name, pretrained=True, num_classes=0)
-        if kind == "timm"
-        else library.AutoModel.from_pretrained(name)
-    )
-    return model.state_dict()
+def _from_library(kind: str, name: str) -> dict[str, Tensor]:
+    foreign = LOADERS[kind](name, True).backbone
+    own = foreign.embed_dim // HEAD_DIM
+    for module in foreign.modules():  # timm; transformers
+        heads = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None)
+        if heads not in (None, own):
+            raise ValueError(
+                f"student.pretrained_weights={kind}:{name} has {heads} attention heads for {foreign.embed_dim} "
+                f"channels; backbones of this project have {own}, one for {HEAD_DIM} channels: they would compute "
+                "something else"
+            )
+    return foreign.model.state_dict()

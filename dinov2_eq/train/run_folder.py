@@ -25,6 +25,7 @@ PRODUCTS = (
     "samples",
     "eval",
     "results_eval_*.json",
+    "*checkpoint_linear_eval*.pth",
 )
 # What a checkpoint holds or implies: the optimizer's groups, and the stream of samples.
 FIXED = (

@@ -2,10 +2,11 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
-from dinov2_eq.run.cli import main
+from tests.helpers import in_this_process, stand_in_for_programs
 from tests.report.reading import Page
 
 SHAPES = "'Shapes:split={}:num=30:size=32'"
@@ -20,12 +21,8 @@ evaluations:
 
 def run(tmp_path, text: str, *flags: str) -> int:
     (tmp_path / "list.yaml").write_text(text)
-    try:
-        return main(
-            ["eval", "all", "--config-file", str(tmp_path / "list.yaml"), "--output-dir", str(tmp_path / "out"), *flags]
-        )
-    except SystemExit as stop:
-        return stop.code
+    files = ["--config-file", str(tmp_path / "list.yaml"), "--output-dir", str(tmp_path / "out")]
+    return in_this_process(["eval", "all", *files, *flags])
 
 
 def times_of_results(tmp_path) -> dict[str, int]:
@@ -34,7 +31,8 @@ def times_of_results(tmp_path) -> dict[str, int]:
     return {str(path.parent.relative_to(tmp_path / "out")): path.stat().st_mtime_ns for path in paths}
 
 
-def test_one_table_of_all_nothing_twice_and_a_failure_kept_to_itself(tmp_path, capsys):
+def test_one_table_of_all_nothing_twice_and_a_failure_kept_to_itself(tmp_path, monkeypatch, capsys):
+    calls = stand_in_for_programs(monkeypatch, in_this_process)
     assert run(tmp_path, LIST) == 0
     table = capsys.readouterr().out
     assert "knn: full 5 top1" in table and "| two |" in table
@@ -46,6 +44,7 @@ def test_one_table_of_all_nothing_twice_and_a_failure_kept_to_itself(tmp_path, c
     assert found == pytest.approx(knn["results"]["full"]["5"]["top1"], rel=1e-3)
     page = Page((tmp_path / "out/summary.html").read_text())
     assert ["knn: full 5 top1", *(row[header.index("knn: full 5 top1")] for row in rows)] in page.rows
+    assert len(calls) == 4
 
     before = times_of_results(tmp_path)
     text = LIST.replace("one: random:vit_tiny/16@32", "one: does/not/exist.pth")
@@ -56,6 +55,47 @@ def test_one_table_of_all_nothing_twice_and_a_failure_kept_to_itself(tmp_path, c
     assert before.keys() == {"one/knn", "one/logreg", "two/knn", "two/logreg"}
     assert after.keys() == {"two/knn", "two/logreg"}  # what failed now shows no older numbers
     assert after["two/knn"] > before["two/knn"] and after["two/logreg"] == before["two/logreg"]
+
+
+def test_each_evaluation_is_a_program_of_its_own(tmp_path, capsys):
+    text = f"encoders: {{one: random:vit_tiny/16@32, two: no.pth}}\nevaluations:\n  knn: {DATA}, nb_knn: 3}}\n"
+    assert run(tmp_path, text) == 2
+    assert "two, knn: failed; dinov2-eq: no.pth does not exist" in capsys.readouterr().out
+    assert times_of_results(tmp_path).keys() == {"one/knn"}
+    assert "loaded" not in (tmp_path / "out/two/knn/log.txt").read_text()
+
+
+def test_a_run_that_has_trained_on_is_evaluated_again(tmp_path, monkeypatch):
+    calls = stand_in_for_programs(monkeypatch, leave_results)
+    text = f"encoders: {{run: {tmp_path}/run}}\nevaluations: {{knn: {{}}}}"
+    for step, num_calls in ((10, 1), (10, 1), (20, 2), (20, 2)):
+        teacher = tmp_path / f"run/eval/training_{step}/teacher_checkpoint.pth"
+        if not teacher.exists():
+            teacher.parent.mkdir(parents=True)
+            teacher.touch()
+        assert run(tmp_path, text) == 0 and len(calls) == num_calls
+    teacher.write_bytes(b"other weights")
+    assert run(tmp_path, text) == 0 and len(calls) == 3
+
+
+def test_what_is_submitted_is_waited_for(tmp_path, monkeypatch, capsys):
+    calls = stand_in_for_programs(monkeypatch, lambda words: 0)
+    text = "encoders: {one: random:vit_tiny/16@32}\nevaluations: {knn: {}}"
+    for flags in (["--submit", "--partition gpu"], ["--submit", "--partition gpu"], []):
+        assert run(tmp_path, text, *flags) == 0 and len(calls) == 1
+        assert "one, knn: submitted" in capsys.readouterr().out
+    assert calls[0][:4] == ["submit", "knn", "--partition", "gpu"]
+    assert run(tmp_path, text, "--submit", "--partition cpu", "--resubmit") == 0 and len(calls) == 2
+    leave_results(calls[1])  # as the job does in the end
+    capsys.readouterr()
+    assert run(tmp_path, text) == 0 and len(calls) == 2
+    assert "| one | 50 |" in capsys.readouterr().out
+
+
+def leave_results(words: list[str]) -> int:
+    folder = Path(words[words.index("--output-dir") + 1])
+    (folder / "results_eval_knn.json").write_text(json.dumps({"results": {"full": {"5": {"top1": 50.0}}}}))
+    return 0
 
 
 @pytest.mark.parametrize(

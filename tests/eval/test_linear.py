@@ -8,6 +8,7 @@ from dinov2_eq.data.datasets import DataError
 from dinov2_eq.distributed.signals import StoppedBySignal
 from dinov2_eq.eval import linear
 from dinov2_eq.evaluation import linear_training
+from dinov2_eq.models import build_backbone
 from tests.processes import run_ranks
 
 CHECKPOINT = "running_checkpoint_linear_eval.pth"
@@ -106,6 +107,16 @@ def test_the_checkpoint_of_another_evaluation(colours, tmp_path, monkeypatch, ca
     # Nothing is lost where that one was finished.
     assert run(tmp_path, colours, "--seed", "2")["protocol"]["seed"] == 2
     assert "finished evaluation with other settings and will be replaced: --seed was 1" in capsys.readouterr().err
+
+
+def test_other_weights_at_the_same_path(colours, tmp_path, capsys):
+    path, results = tmp_path / "weights.pth", []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(build_backbone("vit_tiny", patch_size=16, img_size=32, depth=4).state_dict(), path)
+        results.append(run(tmp_path / "out", colours, "--encoder", str(path))["heads"])
+    assert "will be replaced: the encoder's weights was" in capsys.readouterr().err
+    assert results[1] == run(tmp_path / "fresh", colours, "--encoder", str(path))["heads"] != results[0]
 
 
 def test_kept_checkpoints(colours, tmp_path):

@@ -77,11 +77,14 @@ def test_other_checkpoints(tmp_path):
     assert "it is no dict" in message(save(tmp_path, torch.zeros(2)))
 
 
-def test_config_file_for_a_checkpoint_without_config(tmp_path):
+def test_config_file_for_a_checkpoint_without_config(tmp_path, caplog):
+    """As DINOv2's training writes it."""
     content = checkpoint()
     del content["config"], content["step"]
     path = save(tmp_path, content)
-    assert "pass --config-file" in message(path)
+    with caplog.at_level(logging.INFO, "dinov2_eq.evaluation.encoder"):
+        assert load_encoder(path).mean[0] == 0.485
+    assert "its architecture is inferred" in caplog.text
     config_file = tmp_path / "config.yaml"
     config_file.write_text(to_yaml(load_config("debug", OVERRIDES)))
     encoder = load_encoder(path, str(config_file))

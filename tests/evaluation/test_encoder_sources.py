@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import timm
@@ -19,8 +20,9 @@ from transformers import (
 
 from dinov2_eq.config.load import load_config, to_dict, to_yaml
 from dinov2_eq.evaluation.encoder import Encoder, load_encoder, random_encoder
-from dinov2_eq.evaluation.foreign_backbones import IMAGENET_MEAN, IMAGENET_STD, TimmBackbone
 from dinov2_eq.models import build_backbone
+from dinov2_eq.models.convert import describe_misfit
+from dinov2_eq.models.foreign_backbones import IMAGENET_MEAN, IMAGENET_STD, TimmBackbone
 from dinov2_eq.models.weight_files import write_safetensors
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96}
@@ -188,6 +190,14 @@ def test_hub(tmp_path):
     assert own.description["loaded_tensors"] == len(own.backbone.state_dict())
     untrained = load_encoder(f"random:hub:{tmp_path}:tiny")
     assert untrained.description["loaded_tensors"] == 0
+    assert untrained.backbone.state_dict().keys() == encoder.backbone.state_dict().keys()
+
+
+def test_a_release_with_fewer_blocks_than_its_entry_point():
+    source = f"hub:{Path(__file__).parents[2]}:dinov2_eq_vitt8"
+    trained, untrained = load_encoder(source), load_encoder(f"random:{source}")
+    assert describe_misfit(trained.backbone.state_dict(), untrained.backbone.state_dict()) == ""
+    assert trained.image_size == untrained.image_size == 32
 
 
 def test_hub_refusals(tmp_path, monkeypatch):
@@ -237,8 +247,10 @@ def test_files_of_other_projects_with_a_config(tmp_path):
     config_file.write_text(to_yaml(load_config("debug", ["student.depth=2", "crops.mean=[0.4,0.5,0.6]"])))
     encoder = load_encoder(path, str(config_file))
     assert (encoder.image_size, encoder.mean) == (32, [0.4, 0.5, 0.6])
-    config_file.write_text(to_yaml(load_config("debug", ["student.depth=3"])))
-    assert f"{path}: The weights belong to another architecture: loaded" in refusal(path, str(config_file))
+    for contradiction in ("student.depth=3", "student.patch_size=16", "student.num_register_tokens=4"):
+        config_file.write_text(to_yaml(load_config("debug", ["student.depth=2", contradiction])))
+        text = refusal(path, str(config_file))
+        assert f"The weights of {path} belong to another architecture than the config describes: loaded" in text
 
 
 def test_released_files_carry_their_config(tmp_path):
@@ -252,4 +264,4 @@ def test_released_files_carry_their_config(tmp_path):
     assert (encoder.step, encoder.mean, encoder.config) == (12, [0.4, 0.5, 0.6], config)
     del tensors["backbone.norm.bias"]
     write_safetensors(path, tensors, {"config": json.dumps(config), "step": "12"})
-    assert "another architecture than its config describes" in refusal(path)
+    assert "another architecture than the config describes" in refusal(path)

@@ -22,10 +22,11 @@ from dinov2_eq.models import DinoVisionTransformer
 from dinov2_eq.models.convert import adapt, infer_architecture, to_dinov2
 from dinov2_eq.models.weight_files import read_weights
 
-DIM, DEPTH, PATCH, SIDE = 64, 4, 14, 56
-OWN = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": DIM, "depth": DEPTH, "num_heads": 1}
-TIMM = {"embed_dim": DIM, "depth": DEPTH, "num_heads": 1, "img_size": SIDE, "dynamic_img_size": True, "num_classes": 7}
-HF = {"hidden_size": DIM, "num_hidden_layers": DEPTH, "num_attention_heads": 1, "intermediate_size": 4 * DIM}
+DIM, HEADS, DEPTH, PATCH, SIDE = 192, 3, 4, 14, 56
+OWN = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS}
+TIMM = {"embed_dim": DIM, "depth": DEPTH, "num_heads": HEADS, "img_size": SIDE, "dynamic_img_size": True}
+TIMM |= {"num_classes": 7}
+HF = {"hidden_size": DIM, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "intermediate_size": 4 * DIM}
 HF |= {"image_size": SIDE, "patch_size": PATCH, "layer_norm_eps": 1e-6}
 
 
@@ -197,7 +198,13 @@ def test_unknown_names():
     state = own_backbone().state_dict()
     text = refusal(to_dinov2, {"first": state, "second": state})
     assert "2 backbones, first., second." in text
-    assert "do not split into heads of 64" in refusal(infer_architecture, own_backbone(embed_dim=60).state_dict())
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(60, 3), (128, 2), (1280, 16)])
+def test_the_number_of_heads_is_not_guessed(dim, heads):
+    """1280 is ViT-H's width, with heads of 80 channels."""
+    state = own_backbone(embed_dim=dim, num_heads=heads, depth=1).state_dict()
+    assert f"tokens of {dim} channels have no usual one" in refusal(infer_architecture, state)
 
 
 def test_what_does_not_fit_is_refused():

@@ -2,13 +2,21 @@ import argparse
 import json
 import os
 import pickle
+import random
 import struct
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from dinov2_eq.models.weight_files import DTYPES, file_sha256, read_metadata, read_weights, write_safetensors
+from dinov2_eq.models.weight_files import (
+    DTYPES,
+    file_sha256,
+    read_checkpoint,
+    read_metadata,
+    read_weights,
+    write_safetensors,
+)
 
 TENSORS = {
     "scalar": torch.tensor(3.0),
@@ -103,6 +111,38 @@ def test_checksum(tmp_path):
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     text = message(path, sha256=digest)
     assert "not the file that was published" in text and digest in text
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("suffix", ["zip", "legacy"])
+def test_bytes_that_were_changed_are_read_or_called_damaged(tmp_path, suffix):
+    torch.save({"a": torch.arange(9.0)}, tmp_path / "w.pth", _use_new_zipfile_serialization=suffix == "zip")
+    whole, generator = (tmp_path / "w.pth").read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(300):
+        changed = bytearray(whole)
+        for _ in range(3):
+            changed[generator.randrange(len(changed))] = generator.randrange(256)
+        (tmp_path / "w.pth").write_bytes(changed)
+        try:
+            read_weights(tmp_path / "w.pth")
+        except ValueError:  # and no other kind
+            refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"config": "{}"}, {"config": '{"student": {}}', "step": "last"}, {"config": "vit", "step": "3"}]
+)
+def test_notes_of_others_are_no_config(tmp_path, metadata):
+    save_file(TENSORS, tmp_path / "w.safetensors", metadata)
+    assert read_checkpoint(tmp_path / "w.safetensors")[1:] == (None, None)
+
+
+def test_a_header_with_notes_that_are_null(tmp_path):
+    header = json.dumps({"__metadata__": None, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    assert read_checkpoint(tmp_path / "w.safetensors").config is None
 
 
 class Malicious:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from math import isnan
 from pathlib import Path
 
 import pytest
@@ -270,6 +271,18 @@ def test_no_path_of_this_machine_gets_out(tmp_path):
         ("ImageFolder:root=/data/mine/birds:split=a", "ImageFolder:root=birds:split=a"),
         ("/home/me/weights.pth", "weights.pth"),
         ("~/weights.pth", "weights.pth"),
+        ("../../alice/secret/weights.pth", "weights.pth"),
+        ("runs/secret/weights.pth", "weights.pth"),
+        ("C:\\alice\\weights.pth", "weights.pth"),
+        ("Folder:root='/home/alice/a:b/birds'", "Folder:root=birds"),
+        ("Folder:root=data/hospital/birds/", "Folder:root=birds"),
+        ("Parquet:path='s3://bucket/birds'", "Parquet:path='s3://bucket/birds'"),
+        ("WebDataset:urls='/home/alice/a.tar::https://a.org/b.tar'", "WebDataset:urls='a.tar::https://a.org/b.tar'"),
+        ("timm:local-dir:/home/alice/birds", "timm:local-dir:birds"),
+        ("hub:/home/alice/code:dinov2_eq_vitt8", "hub:code:dinov2_eq_vitt8"),
+        ("hf:facebook/dinov2-small", "hf:facebook/dinov2-small"),
+        ("random:vit_small/16", "random:vit_small/16"),
+        ("learning rate * global batch / 256", "learning rate * global batch / 256"),
         ("timm:vit_small_patch14_dinov2", "timm:vit_small_patch14_dinov2"),
         ("https://example.org/a/w.pth", "https://example.org/a/w.pth"),
         ({"a": ["/x/y", 3, None]}, {"a": ["y", 3, None]}),
@@ -277,6 +290,12 @@ def test_no_path_of_this_machine_gets_out(tmp_path):
 )
 def test_without_paths(text, public):
     assert without_paths(text) == public
+
+
+def test_a_nan_in_any_feature_is_a_difference():
+    whole, broken = torch.zeros(2, 3), torch.full((2, 3), float("nan"))
+    assert isnan(export.largest_difference((whole, broken), (whole, whole)))
+    assert isnan(export.largest_difference((broken, whole), (whole, whole)))
 
 
 def test_widths_that_hugging_face_cannot_express_and_timm_can():

@@ -1,6 +1,7 @@
 """Starting from weights: whose, how many of them, and what starts afresh."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,10 @@ import timm
 import torch
 import transformers
 
+from dinov2_eq.config.load import to_dict
 from dinov2_eq.models import build_backbone
+from dinov2_eq.models.weight_files import write_safetensors
+from dinov2_eq.train.pretrained import read_pretrained
 from dinov2_eq.train.train import do_train
 from tests.helpers import tiny_config
 from tests.processes import run_ranks
@@ -108,6 +112,46 @@ def test_a_hugging_face_folder(tmp_path):
     teacher = train(tmp_path / "run", f"student.pretrained_weights=hf:{tmp_path}/hf")
     expected = model.state_dict()["encoder.layer.0.mlp.fc1.weight"]
     require_close(backbone(teacher)["blocks.0.mlp.fc1.weight"], expected)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hf:{}/half", "missing are layers.1."),
+        ("hf:{}/heads", "has 6 attention heads for 192 channels; backbones of this project have 3"),
+        ("hf:{}/nowhere", "cannot be loaded"),
+        ("timm:vit_smal_patch14_dinov2", "Unknown model"),
+    ],
+)
+def test_models_of_libraries_that_are_not_whole_not_alike_or_not_there(tmp_path, source, message):
+    small = {"hidden_size": 192, "num_attention_heads": 3, "image_size": 32, "patch_size": 8, "num_hidden_layers": 1}
+    transformers.ViTModel(transformers.ViTConfig(**small)).save_pretrained(tmp_path / "half")
+    config = json.loads((tmp_path / "half/config.json").read_text()) | {"num_hidden_layers": 2}
+    (tmp_path / "half/config.json").write_text(json.dumps(config))
+    transformers.ViTModel(transformers.ViTConfig(**small | {"num_attention_heads": 6})).save_pretrained(
+        tmp_path / "heads"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_pretrained(source.format(tmp_path))
+
+
+def test_a_damaged_training_checkpoint(run, tmp_path):
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    file = tmp_path / "checkpoints/3/__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoints/3 is damaged \(__0_0.distcp is not what was written"):
+        train(tmp_path / "run", f"student.pretrained_weights={tmp_path}/checkpoints/3")
+
+
+def test_our_weights_with_a_config_and_bare_names(trained, tmp_path):
+    """As `dinov2-eq export --to safetensors` writes them."""
+    header = {"config": json.dumps(to_dict(tiny_config())), "step": "3"}
+    write_safetensors(tmp_path / "model.safetensors", backbone(trained), header)
+    found = read_pretrained(tmp_path / "model.safetensors")
+    assert found.keys() == {"backbone"}
+    require_close(found["backbone"], backbone(trained))
 
 
 def test_backbone_is_frozen_first(tmp_path):

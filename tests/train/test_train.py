@@ -163,10 +163,12 @@ def test_a_finished_run_is_left_alone(finished, tmp_path):
 
 def test_no_resume_sets_the_earlier_run_aside(finished, tmp_path):
     shutil.copytree(finished(SHORT), tmp_path, dirs_exist_ok=True)
-    (tmp_path / "results_eval_knn.json").write_text("{}")
+    of_evaluations = ("results_eval_knn.json", "running_checkpoint_linear_eval.pth", "checkpoint_linear_eval_8.pth")
+    for name in of_evaluations:
+        (tmp_path / name).write_text("{}")
     do_train(tiny_config("optim.steps=2"), tmp_path, resume=False)
     assert {path.name for path in (tmp_path / "previous-1").iterdir()} >= {
-        *("checkpoints", "eval", "training_metrics.jsonl", "config.yaml", "results_eval_knn.json")
+        *("checkpoints", "eval", "training_metrics.jsonl", "config.yaml", *of_evaluations)
     }
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2]
     assert [path.name for path in (tmp_path / "eval").iterdir()] == ["training_2"]
