@@ -23,7 +23,7 @@ train() {
     exec "$program" train --config-file demo --output-dir "$1" --no-resume ${settings[@]+"${settings[@]}"}
 }
 probe() {
-    exec "$program" eval "$1" --pretrained-weights "$2" --output-dir "$2" --num-workers 0 --precision bf16 \
+    exec "$program" eval "$1" --pretrained-weights "$2" --output-dir "$2" --num-workers 0 \
         --train-dataset Shapes:split=TRAIN --val-dataset Shapes:split=VAL "${@:3}"
 }
 knn() {
