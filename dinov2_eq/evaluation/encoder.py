@@ -132,7 +132,9 @@ def _load_file(source: str, path: Path, config_file: str | None) -> Encoder:
             image_size,
         )
     backbone = untrained()
-    num_tensors = _load_strictly(backbone, weights, path, is_ours=own is not None)
+    num_tensors = _load_strictly(
+        backbone, weights, path, is_ours=own is not None, is_described=bool(own or config_file)
+    )
     return Encoder(
         backbone=_frozen(backbone),
         image_size=image_size,
@@ -146,7 +148,9 @@ def _load_file(source: str, path: Path, config_file: str | None) -> Encoder:
     )
 
 
-def _load_strictly(backbone: DinoVisionTransformer, weights: Mapping[str, Tensor], path: Path, is_ours: bool) -> int:
+def _load_strictly(
+    backbone: DinoVisionTransformer, weights: Mapping[str, Tensor], path: Path, *, is_ours: bool, is_described: bool
+) -> int:
     """All names and shapes must agree; weights of others may have another position table and lack the mask token.
 
     Returns the number of tensors.
@@ -154,13 +158,16 @@ def _load_strictly(backbone: DinoVisionTransformer, weights: Mapping[str, Tensor
     expected, notes = backbone.state_dict(), []
     adaptable = () if is_ours else ADAPTABLE
     compared = [{key: each[key] for key in each.keys() - adaptable} for each in (expected, weights)]
-    if misfit := describe_misfit(*compared):
+    if is_described and (misfit := describe_misfit(*compared)):
         raise ValueError(
             f"The weights of {path} belong to another architecture than the config describes: {misfit}. "
             "Pass the --config-file it was trained with."
         )
     if not is_ours:
-        weights, notes = adapt(weights, backbone)
+        try:
+            weights, notes = adapt(weights, backbone)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     backbone.load_state_dict(weights)
     changed = f" ({'; '.join(notes)})" if notes else ""
     logger.info("loaded %d of %d tensors of the backbone from %s%s", len(expected), len(expected), path, changed)

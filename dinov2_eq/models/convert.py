@@ -17,7 +17,7 @@ from torch import Tensor
 from dinov2_eq.models import DinoVisionTransformer, build_backbone
 from dinov2_eq.models.resize import resize_channels, resize_patch_kernel, resize_positions
 
-HEAD_DIM = 64  # channels of an attention head, at these widths in nearly every published model
+HEAD_DIM = 64  # channels of an attention head in nearly every published model that is as wide as one of these
 WIDTHS = (192, 384, 768, 1024, 1536)
 DEFAULT_MLP_RATIO = 4.0
 NUM_SHOWN = 3  # names in a message

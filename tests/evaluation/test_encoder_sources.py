@@ -241,6 +241,14 @@ def test_files_of_other_projects(tmp_path, caplog):
     assert load_encoder(path).image_size == 224  # a table for 296 pixels
 
 
+def test_a_file_of_others_that_is_not_whole(tmp_path):
+    state = tiny_weights()
+    del state["blocks.1.norm1.bias"]
+    torch.save(state, tmp_path / "weights.pth")
+    expected = f"{tmp_path}/weights.pth: The weights belong to another architecture: loaded"
+    assert refusal(tmp_path / "weights.pth").startswith(expected)
+
+
 def test_files_of_other_projects_with_a_config(tmp_path):
     path, config_file = tmp_path / "weights.pth", tmp_path / "config.yaml"
     torch.save(tiny_weights() | {"pos_embed": torch.zeros(1, 1 + 36, 192)}, path)
