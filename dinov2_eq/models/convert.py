@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_eq.models import DinoVisionTransformer, build_backbone
+from dinov2_eq.models import ARCHS, DinoVisionTransformer, build_backbone
 from dinov2_eq.models.resize import resize_channels, resize_patch_kernel, resize_positions
 
-HEAD_DIM = 64  # channels of an attention head in nearly every published model that is as wide as one of these
-WIDTHS = (192, 384, 768, 1024, 1536)
+HEADS = {arch.embed_dim: arch.num_heads for arch in ARCHS.values()}  # also of nearly every published model so wide
 DEFAULT_MLP_RATIO = 4.0
 NUM_SHOWN = 3  # names in a message
 ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")  # every backbone has one
@@ -194,13 +193,14 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         width = weights["blocks.0.mlp.w3.weight" if gated else "blocks.0.mlp.fc2.weight"].shape[1]
     except KeyError as error:
         raise ValueError(f"Weights without {error} do not tell their architecture; they are not whole") from None
-    if dim not in WIDTHS:
+    if dim not in HEADS:
+        usual = ", ".join(f"{heads} for {width}" for width, heads in HEADS.items())
         raise ValueError(
-            f"Weights do not tell the number of attention heads, and tokens of {dim} channels have no usual one (of "
-            f"{', '.join(map(str, WIDTHS))} they have one for {HEAD_DIM}). Load the model through its library, "
-            "timm:NAME or hf:NAME, or give the config it was trained with"
+            f"Weights do not tell the number of attention heads, and tokens of {dim} channels have no usual one (usual "
+            f"are {usual}). Load the model through its library, timm:NAME or hf:NAME, or give the config it was "
+            "trained with"
         )
-    logger.info("%d attention heads are assumed, one for %d channels", dim // HEAD_DIM, HEAD_DIM)
+    logger.info("%d attention heads are assumed, as is usual for %d channels", HEADS[dim], dim)
     registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
     return {
         "img_size": patch_size * round((num_positions - 1) ** 0.5),
@@ -208,7 +208,7 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "in_chans": in_chans,
         "embed_dim": dim,
         "depth": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
-        "num_heads": dim // HEAD_DIM,
+        "num_heads": HEADS[dim],
         "mlp_ratio": _mlp_ratio(dim, width, gated),
         "qkv_bias": "blocks.0.attn.qkv.bias" in weights,
         "proj_bias": "blocks.0.attn.proj.bias" in weights,

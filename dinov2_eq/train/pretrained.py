@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from dinov2_eq.checkpointer import Checkpointer, read_model
 from dinov2_eq.distributed import is_distributed
 from dinov2_eq.models import DinoVisionTransformer
-from dinov2_eq.models.convert import HEAD_DIM, adapt, describe_misfit, to_dinov2
+from dinov2_eq.models.convert import HEADS, adapt, describe_misfit, to_dinov2
 from dinov2_eq.models.foreign_backbones import LOADERS
 from dinov2_eq.models.weight_files import read_checkpoint
 from dinov2_eq.train.run_folder import CHECKPOINTS
@@ -134,13 +134,12 @@ def _split(weights: Mapping[str, Tensor], without: tuple[str, ...] = ()) -> Part
 
 def _from_library(kind: str, name: str) -> dict[str, Tensor]:
     foreign = LOADERS[kind](name, True).backbone
-    own = foreign.embed_dim // HEAD_DIM
+    own = HEADS.get(foreign.embed_dim)  # None: of no width that could be loaded here
     for module in foreign.modules():  # timm; transformers
         heads = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None)
-        if heads not in (None, own):
+        if own and heads not in (None, own):
             raise ValueError(
                 f"student.pretrained_weights={kind}:{name} has {heads} attention heads for {foreign.embed_dim} "
-                f"channels; backbones of this project have {own}, one for {HEAD_DIM} channels: they would compute "
-                "something else"
+                f"channels; backbones of this project have {own} and would compute something else"
             )
     return foreign.model.state_dict()
