@@ -3,8 +3,9 @@
 import argparse
 import logging
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +33,9 @@ from dinov2_eq.probes.features import block_features, own_share, to_unit_range
 from dinov2_eq.probes.linear import LEARNING_RATES, NUM_BLOCKS, GridTraining, HeadGrid
 
 FILE_NAME = "results_eval_linear.json"
-# A running checkpoint is good for the same values of these only.
+# Heads in a checkpoint are good for the same values of these only.
 FIXED_FLAGS = ("train_dataset", "max_images", "n_per_class", "select_on_val", "selection_share", "seed", "precision")
+GLOBAL_BATCH = "--batch-size times processes"
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,19 @@ def build_parser() -> argparse.ArgumentParser:
     add_subset_flags(parser)
     add = parser.add_argument
     add("--test-datasets", nargs="+", default=[], metavar="DATA", help="data strings that the chosen head answers too")
+    add(
+        "--val-class-mapping-fpath",
+        type=path_or_none,
+        metavar="NPY",
+        help="for labels of --val-dataset of another meaning: the training label of each; only these are answers",
+    )
+    add(
+        "--test-class-mapping-fpaths",
+        nargs="+",
+        type=path_or_none,
+        metavar="NPY",
+        help="the same for each of the --test-datasets; None: they mean what they mean in training",
+    )
     add("--epochs", type=positive, default=10, help="the learning rates fall to 0 along a cosine until their end")
     add("--epoch-length", type=positive, default=1250, help="steps, each of --batch-size images of every process")
     add("--learning-rates", nargs="+", type=rate, default=LEARNING_RATES, metavar="LR", help="for 256 images a step")
@@ -57,7 +72,19 @@ def build_parser() -> argparse.ArgumentParser:
         help="epochs between copies for keeps; the running checkpoint is written after each epoch",
     )
     add("--no-resume", action="store_true", help="start again; the running checkpoint is replaced")
+    add(
+        "--classifier-fpath",
+        type=Path,
+        metavar="PATH",
+        help="checkpoint of an earlier evaluation: its heads are scored as they are, none is trained",
+    )
     add("--val-metric-type", choices=METRICS, default=METRICS[0], help="what is shown, and chooses the head")
+    add(
+        "--test-metric-types",
+        nargs="+",
+        choices=METRICS,
+        help="what is shown of each of the --test-datasets; None: as --val-metric-type",
+    )
     add("--selection-share", type=float, default=0.1, help="of the training images, held out to choose the head")
     add("--select-on-val", action="store_true", help="choose the head by the reported images, as DINOv2 does")
     return parser
@@ -70,6 +97,45 @@ def rate(text: str) -> float:
     return value
 
 
+def path_or_none(text: str) -> Path | None:
+    return None if text == "None" else Path(text)
+
+
+class Reported(NamedTuple):
+    """Images that the chosen head answers."""
+
+    data: str
+    class_mapping: Path | None
+    metric: str
+
+    @property
+    def name(self) -> str:
+        return self.data if self.class_mapping is None else f"{self.data}, classes of {self.class_mapping.name}"
+
+
+def reported_sets(args: argparse.Namespace) -> dict[str, Reported]:
+    """By name: the validation set and then the test sets; of the same images the last one says the metric.
+
+    Raises:
+        ValueError: a flag does not have one value for each test set.
+    """
+
+    def for_each_test(flag: str, values: list[Any] | None, default: Any) -> list[Any]:
+        values = [default] * len(args.test_datasets) if values is None else values
+        if len(values) != len(args.test_datasets):
+            raise ValueError(
+                f"{flag} needs a value for each of the --test-datasets: there are {len(args.test_datasets)} of them, "
+                f"and {len(values)} values"
+            )
+        return values
+
+    mappings = for_each_test("--test-class-mapping-fpaths", args.test_class_mapping_fpaths, None)
+    metrics = for_each_test("--test-metric-types", args.test_metric_types, args.val_metric_type)
+    val = Reported(args.val_dataset, args.val_class_mapping_fpath, args.val_metric_type)
+    sets = [val, *map(Reported, args.test_datasets, mappings, metrics)]
+    return {reported.name: reported for reported in sets}
+
+
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     with evaluation_processes(args) as device:
@@ -79,30 +145,29 @@ def main(argv: list[str] | None = None) -> None:
 def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     started = time.perf_counter()
     folder = results_folder(encoder_of(args), args.output_dir)
-    names = list(dict.fromkeys([args.val_dataset, *args.test_datasets]))
-    train, *reported = from_main_process(
-        lambda: read_labelled(args.train_dataset, names, "Linear classification", args.max_images)
-    )
+    sets = reported_sets(args)
+    metrics = {name: reported.metric for name, reported in sets.items()}
+    train, selection, images_of = read_images(args, sets)
     num_classes = int(train.labels.max()) + 1
-    train = draw_subset(train, args.n_per_class, args.seed)
-    selection = reported[0]
-    if not args.select_on_val:
-        train, selection = split_held_out(train, args.selection_share, args.seed)
     encoder = load_encoder(encoder_of(args), args.config_file)
     max_blocks = max(args.n_last_blocks)
     embed_dim = check_blocks(encoder, max_blocks)
-    if not goes_on(args, folder):
-        return
 
     extractor = FeatureExtractor(encoder, device, **extraction_settings(args))
     grid = HeadGrid(embed_dim, num_classes, args.learning_rates, args.n_last_blocks, args.seed).to(device)
     training = GridTraining(grid, args.batch_size * get_world_size(), args.epochs * args.epoch_length)
-    checkpoints = GridCheckpoints(folder, training, fixed_settings(args, encoder, grid))
-    if not args.no_resume:
+    checkpoints = GridCheckpoints(
+        folder, training, fixed_settings(args, encoder, grid, num_classes), schedule_of(args, next(iter(sets)))
+    )
+    if args.classifier_fpath:
+        checkpoints.load_trained(args.classifier_fpath)
+    elif not args.no_resume:
         checkpoints.resume()
+    if not goes_on(args, folder):
+        return
 
     def hits_of(images: LabelledImages, features: Tensor) -> ClassHits:
-        return grid.count_hits(features, images.labels[own_share(len(images.labels))]).summed()
+        return grid.count_hits(features, images.labels[own_share(len(images.labels))], images.classes).summed()
 
     def best_so_far() -> dict[str, Any]:
         top1 = hits_of(selection, selection_features).top1_percent(args.val_metric_type)
@@ -113,30 +178,35 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         return {"head": grid.specs[best].name, "selection_top1": top1[best].item()}
 
     selection_features = extractor.own_blocks(selection, max_blocks)
-    train_grid(
-        feature_batches(args, extractor, train, max_blocks, training.step),
-        checkpoints,
-        best_so_far,
-        score_period=args.eval_period_iterations,
-        epoch_length=args.epoch_length,
-        keep_every_epochs=args.save_checkpoint_frequency,
-        device=device,
-    )
+    if not args.classifier_fpath:
+        train_grid(
+            feature_batches(args, extractor, train, max_blocks, training.step),
+            checkpoints,
+            best_so_far,
+            score_period=args.eval_period_iterations,
+            epoch_length=args.epoch_length,
+            keep_every_epochs=args.save_checkpoint_frequency,
+            device=device,
+        )
     notices = divergence(grid)
     selection_hits = hits_of(selection, selection_features)
     best = int(selection_hits.top1_percent(args.val_metric_type).argmax())
     hits = {
         name: selection_hits if images is selection else hits_of(images, extractor.own_blocks(images, max_blocks))
-        for name, images in zip(names, reported, strict=True)
+        for name, images in images_of.items()
     }
-    accuracies = {name: found.summary(best, args.val_metric_type) for name, found in hits.items()}
+    accuracies = {name: found.summary(best, metrics[name]) for name, found in hits.items()}
     protocol = protocol_of(args, device, started) | {
-        "global_batch_size": args.batch_size * get_world_size(),
-        "iterations": training.num_steps,
+        "global_batch_size": checkpoints.schedule[GLOBAL_BATCH],
+        "iterations": training.step,
+        "heads": f"of {args.classifier_fpath.name}, trained before" if args.classifier_fpath else "trained here",
         "num_train_images": len(train.indices),
         "num_selection_images": len(selection.indices),
-        "num_images": {name: len(images.indices) for name, images in zip(names, reported, strict=True)},
+        "num_images": {name: len(images.indices) for name, images in images_of.items()},
         "num_classes": num_classes,
+        "num_choices": {
+            name: num_classes if images.classes is None else len(images.classes) for name, images in images_of.items()
+        },
         "selection": selection_words(args),
         "feature": "class tokens of the last blocks after the final norm, without and with the mean patch token",
         "images": f"training: random resized crop (0.08 to 1 of the area) and flip; else {CENTRE}",
@@ -147,11 +217,28 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         "protocol": protocol,
         "encoder": encoder.description,
         "results": {"head": grid.specs[best].name, "accuracy": accuracies},
-        "heads": describe_heads(grid, {"selection": selection_hits, **hits}, args.val_metric_type),
+        "heads": describe_heads(
+            grid, {"selection": selection_hits, **hits}, {"selection": args.val_metric_type, **metrics}
+        ),
         "history": checkpoints.history,
     }
     heading = f"{grid.specs[best].name}\nchosen {selection_words(args)}"
-    publish(folder / FILE_NAME, results, f"{heading}\n{accuracy_table(accuracies, args.val_metric_type)}")
+    publish(folder / FILE_NAME, results, f"{heading}\n{accuracy_table(accuracies, metrics)}")
+
+
+def read_images(
+    args: argparse.Namespace, sets: Mapping[str, Reported]
+) -> tuple[LabelledImages, LabelledImages, dict[str, LabelledImages]]:
+    """Images to train on, to choose the head by, and to report on; the last by name."""
+    others, class_mappings, _ = zip(*sets.values(), strict=True)
+    train, *reported = from_main_process(
+        lambda: read_labelled(args.train_dataset, others, "Linear classification", args.max_images, class_mappings)
+    )
+    train = draw_subset(train, args.n_per_class, args.seed)
+    selection = reported[0]
+    if not args.select_on_val:
+        train, selection = split_held_out(train, args.selection_share, args.seed)
+    return train, selection, dict(zip(sets, reported, strict=True))
 
 
 def feature_batches(
@@ -159,7 +246,9 @@ def feature_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Features of random crops of the training images, without end, as they follow after `step` steps."""
     loader = make_linear_loader(
-        *train,
+        train.dataset,
+        train.indices,
+        train.labels,
         extractor.encoder.image_size,
         seed=args.seed,
         batch_size=args.batch_size,
@@ -183,15 +272,21 @@ def check_blocks(encoder: Encoder, num_blocks: int) -> int:
     return features.shape[1] // (num_blocks + 1)
 
 
-def fixed_settings(args: argparse.Namespace, encoder: Encoder, grid: HeadGrid) -> dict[str, Any]:
+def fixed_settings(args: argparse.Namespace, encoder: Encoder, grid: HeadGrid, num_classes: int) -> dict[str, Any]:
     return {
         **{f"--{name.replace('_', '-')}": getattr(args, name) for name in FIXED_FLAGS},
-        "--val-dataset": args.val_dataset if args.select_on_val else None,
         "the list of heads": [spec.name for spec in grid.specs],
-        "--epochs times --epoch-length": args.epochs * args.epoch_length,
-        "--batch-size times processes": args.batch_size * get_world_size(),
+        "the number of classes": num_classes,
         "the encoder": encoder.description,
         "the encoder's weights": fingerprint(encoder.backbone),
+    }
+
+
+def schedule_of(args: argparse.Namespace, val: str) -> dict[str, Any]:
+    return {
+        "--val-dataset": val if args.select_on_val else None,
+        "--epochs times --epoch-length": args.epochs * args.epoch_length,
+        GLOBAL_BATCH: args.batch_size * get_world_size(),
     }
 
 
@@ -212,9 +307,9 @@ def selection_words(args: argparse.Namespace) -> str:
     return f"by {args.selection_share:.0%} of the training images, held out; the images below chose nothing"
 
 
-def describe_heads(grid: HeadGrid, hits: dict[str, ClassHits], metric: str) -> list[dict[str, Any]]:
+def describe_heads(grid: HeadGrid, hits: dict[str, ClassHits], metrics: dict[str, str]) -> list[dict[str, Any]]:
     """Every head with its top-1, by the name of the images."""
-    top1 = {name: found.top1_percent(metric).tolist() for name, found in hits.items()}
+    top1 = {name: found.top1_percent(metrics[name]).tolist() for name, found in hits.items()}
     return [
         {"name": spec.name, **spec._asdict(), "top1": {name: values[number] for name, values in top1.items()}}
         for number, spec in enumerate(grid.specs)

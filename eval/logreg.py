@@ -139,7 +139,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         "results": {"C": best, "accuracy": accuracies},
         "grid": grid,
     }
-    table = accuracy_table(accuracies, args.metric_type)
+    table = accuracy_table(accuracies, {args.val_dataset: args.metric_type})
     publish(folder / FILE_NAME, results, f"C = {best:.3g}\nchosen {selection_words}\n{table}")
 
 

@@ -243,7 +243,7 @@ def template(tmp_path_factory) -> Path:
     generator = np.random.default_rng(0)
     classes = ("n01440764", "n01443537")  # names that ImageNet's layout has
     places = [f"{name}/{of}" for name in ("train", "imagenet/train", "val", "imagenet/val") for of in classes]
-    for place in ["images", *places]:
+    for place in ["images", "sketches/goldfish", "sketches/tench", *places]:
         (folder / "data" / place).mkdir(parents=True)
         for number in range(4 if "val" in place else 12):
             pixels = generator.integers(0, 256, (40 + number, 48, 3), dtype=np.uint8)

@@ -17,6 +17,11 @@ from dinov2_eq.logging import check_writable, describe_run, setup_logging
 
 logger = logging.getLogger(__name__)
 
+# Flags that name files, or say nothing about the numbers.
+NOT_PROTOCOL = (
+    *("encoder", "pretrained_weights", "output_dir", "dry_run"),
+    *("classifier_fpath", "val_class_mapping_fpath", "test_class_mapping_fpaths"),
+)
 SILENCE_LIMIT_S = 900.0  # one process may compute alone for four times as long, see `process_group`
 
 
@@ -143,24 +148,26 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def accuracy_table(accuracies: Mapping[str, Mapping[str, Any]], metric: str) -> str:
-    """A row for each set of images, from `ClassHits.summary`; per_class_accuracy shows its mean."""
-    shown = "mean_accuracy" if metric == "mean_accuracy" else "mean_per_class_accuracy"
-    rows = [
-        [name, *(f"{found[shown][top]:.2f}" if top in found[shown] else "" for top in ("top1", "top5"))]
-        for name, found in accuracies.items()
-    ]
-    return format_table([shown, "top-1 %", "top-5 %"], rows)
+def accuracy_table(accuracies: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, str]) -> str:
+    """A row for each set of images, from `ClassHits.summary`, by the metric of the set.
+
+    per_class_accuracy shows its mean.
+    """
+    rows = []
+    for name, found in accuracies.items():
+        shown = "mean_accuracy" if metrics[name] == "mean_accuracy" else "mean_per_class_accuracy"
+        tops = (f"{found[shown][top]:.2f}" if top in found[shown] else "" for top in ("top1", "top5"))
+        rows.append([name, shown, *tops])
+    return format_table(["images", "metric", "top-1 %", "top-5 %"], rows)
 
 
 def protocol_of(args: argparse.Namespace, device: torch.device, started: float) -> dict[str, Any]:
-    """What a results file says about how it came about: flags but no paths, machine, processes, and the time taken.
+    """What a results file says about how it came about: flags but for files, machine, processes, and the time taken.
 
     Args:
         started: `time.perf_counter()` at the start.
     """
-    left_out = ("encoder", "pretrained_weights", "output_dir", "dry_run")
-    flags = {name: value for name, value in vars(args).items() if name not in left_out}
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_PROTOCOL}
     seconds = round(time.perf_counter() - started, 1)
     return {
         **flags,

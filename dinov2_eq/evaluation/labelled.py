@@ -1,6 +1,8 @@
 """Labelled images for classification: the same classes everywhere, subsets by class, and a held-out part."""
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,35 +12,49 @@ from torch import Tensor
 from dinov2_eq.data.datasets import DataError, ImageDataset, build_dataset, require_labels
 from dinov2_eq.data.loaders import fixed_subset
 from dinov2_eq.data.seeding import Stream, torch_generator
+from dinov2_eq.evaluation.class_mapping import read_class_mapping
 
 ALL_IMAGES = -1  # of each class
 NUM_SHOWN = 5  # labels in a message
+
+logger = logging.getLogger(__name__)
 
 
 class LabelledImages(NamedTuple):
     dataset: ImageDataset
     indices: np.ndarray  # [N] int64, those of the dataset that take part, ascending
-    labels: Tensor  # [N] int64, 0 .. num_classes - 1; every class has training images
+    labels: Tensor  # [N] int64, 0 .. num_classes - 1, where every class has training images; or places in `classes`
+    classes: Tensor | None = None  # [M] int64: the only classes that an answer is chosen from; None: all
 
     def take(self, positions: Tensor) -> "LabelledImages":
         """The images at these places of `indices`."""
         return self._replace(indices=self.indices[positions.numpy()], labels=self.labels[positions])
 
 
-def read_labelled(train: str, others: Sequence[str], what: str, max_images: int | None = None) -> list[LabelledImages]:
+def read_labelled(
+    train: str,
+    others: Sequence[str],
+    what: str,
+    max_images: int | None = None,
+    class_mappings: Sequence[Path | None] | None = None,
+) -> list[LabelledImages]:
     """Opens a training dataset and those it is to answer for; labels that `train` does not use are closed up.
 
     Args:
         train, others: data strings.
         what: for which purpose, for messages: "k-NN", ...
         max_images: of each dataset, the first so many of a fixed shuffle; None: all.
+        class_mappings: for each of the `others` a file, see `read_class_mapping`, or None where labels are those of
+            `train`; None: for none of them.
 
     Returns:
         `train`, then the `others`.
 
     Raises:
         DataError: missing labels, a single class, or another meaning of the labels than that of `train`.
+        FileNotFoundError, ValueError: as `read_class_mapping`.
     """
+    mappings = [path and read_class_mapping(path) for path in class_mappings or [None] * len(others)]
     found = []
     for data_string in (train, *others):
         dataset = build_dataset(data_string)
@@ -53,13 +69,23 @@ def read_labelled(train: str, others: Sequence[str], what: str, max_images: int 
             f"{what} needs two classes or more, and all {len(found[0][1])} images of {train!r} that are used have "
             f"label {classes[0]}. Use data with several classes" + _or_more_images(max_images)
         )
-    for dataset, _, labels in found[1:]:
-        _require_known(classes, train, dataset, labels, what, max_images)
-        _require_same_names(found[0][0], dataset, labels)
-    return [
-        LabelledImages(dataset, indices, torch.from_numpy(np.searchsorted(classes, labels)))
-        for dataset, indices, labels in found
-    ]
+
+    def places(labels: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.searchsorted(classes, labels))
+
+    (train_dataset, indices, labels), *rest = found
+    images = [LabelledImages(train_dataset, indices, places(labels))]
+    for (dataset, indices, labels), mapping in zip(rest, mappings, strict=True):
+        if mapping is None:
+            _require_known(classes, train, dataset, labels, what, max_images)
+            _require_same_names(train_dataset, dataset, labels)
+            images.append(LabelledImages(dataset, indices, places(labels)))
+        else:
+            _require_entries(mapping, dataset, labels)
+            _require_known(classes, train, dataset, mapping, what, max_images)
+            _tell_other_names(train_dataset, dataset, labels, mapping)
+            images.append(LabelledImages(dataset, indices, torch.from_numpy(labels), places(mapping)))
+    return images
 
 
 def _require_known(
@@ -76,15 +102,45 @@ def _require_known(
 
 
 def _require_same_names(train: ImageDataset, dataset: ImageDataset, labels: np.ndarray) -> None:
+    for label, name, trained in _other_names(train, dataset, labels, labels):
+        raise DataError(
+            f"Label {label} is {trained!r} in {train.data_string!r} and {name!r} in {dataset.data_string!r}. Give both "
+            "the same classes: class folders are numbered in the order of their names, so neither may lack one (an "
+            "empty folder counts)."
+        )
+
+
+def _require_entries(mapping: np.ndarray, dataset: ImageDataset, labels: np.ndarray) -> None:
+    if labels.max() >= len(mapping):
+        raise DataError(
+            f"{dataset.data_string!r} has label {labels.max()}, and its class mapping has entries for 0 to "
+            f"{len(mapping) - 1} only. Give each label one"
+        )
+
+
+def _tell_other_names(train: ImageDataset, dataset: ImageDataset, labels: np.ndarray, mapping: np.ndarray) -> None:
+    """A mapping may join classes of other names: that is no mistake, but worth a word."""
+    others = _other_names(train, dataset, labels, mapping[labels])
+    if others:
+        _, name, trained = others[0]
+        words = (
+            "%s: %d of its classes have other names than the training classes that they are mapped to: %r is %r, ..."
+        )
+        logger.warning(words, dataset.data_string, len(others), name, trained)
+
+
+def _other_names(
+    train: ImageDataset, dataset: ImageDataset, labels: np.ndarray, trained: np.ndarray
+) -> list[tuple[int, str, str]]:
+    """(label, its name, the training class's name) where they differ, for labels and the training labels they mean."""
     if train.class_names is None or dataset.class_names is None:
-        return
-    for label in np.unique(labels).tolist():
-        if label < len(train.class_names) and train.class_names[label] != dataset.class_names[label]:
-            raise DataError(
-                f"Label {label} is {train.class_names[label]!r} in {train.data_string!r} and "
-                f"{dataset.class_names[label]!r} in {dataset.data_string!r}. Give both the same classes: class folders "
-                "are numbered in the order of their names, so neither may lack one (an empty folder counts)."
-            )
+        return []
+    pairs = sorted(set(zip(labels.tolist(), trained.tolist(), strict=True)))
+    return [
+        (label, dataset.class_names[label], train.class_names[number])
+        for label, number in pairs
+        if number < len(train.class_names) and train.class_names[number] != dataset.class_names[label]
+    ]
 
 
 def _or_more_images(max_images: int | None) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dinov2_eq.distributed import from_main_process, is_main_process
 from dinov2_eq.distributed.signals import StoppedBySignal, StopRequest
+from dinov2_eq.models.weight_files import read_weights
 from dinov2_eq.probes.linear import GridTraining
 
 RUNNING_CHECKPOINT = "running_checkpoint_linear_eval.pth"
@@ -25,20 +26,29 @@ class GridCheckpoints:
     """Heads, optimizer and step in a folder, with the settings that they belong to.
 
     Args:
-        settings: by name; what a checkpoint and the command that goes on from it must agree on.
+        settings: by name; what a checkpoint and the command that uses its heads must agree on.
+        schedule: by name; what they must agree on besides where training goes on.
     """
 
-    def __init__(self, folder: Path, training: GridTraining, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, training: GridTraining, settings: Mapping[str, Any], schedule: Mapping[str, Any]
+    ) -> None:
         self.folder = folder
         self.training = training
-        self.settings = json.loads(json.dumps(settings))  # tuples become lists, as they would in the file
+        # Tuples become lists, as they would in the file.
+        self.settings, self.schedule = (json.loads(json.dumps(values)) for values in (settings, schedule))
         self.history: list[dict[str, Any]] = []  # scores so far
 
     def save(self, name: str) -> None:
         """The main process writes the whole file, or none of it."""
         if is_main_process():
             path, temporary = self.folder / name, self.folder / f"{name}.writing"
-            state = {"training": self.training.state_dict(), "settings": self.settings, "history": self.history}
+            state = {
+                "training": self.training.state_dict(),
+                "settings": self.settings,
+                "schedule": self.schedule,
+                "history": self.history,
+            }
             torch.save(state, temporary)
             os.replace(temporary, path)
 
@@ -46,19 +56,16 @@ class GridCheckpoints:
         """Loads the running checkpoint, if there is one; a finished one of other settings is left to be replaced.
 
         Raises:
-            ValueError: an interrupted evaluation with other settings left it.
+            ValueError: an interrupted evaluation with other settings left it, or it is damaged.
         """
         path = self.folder / RUNNING_CHECKPOINT
         if not from_main_process(path.exists):
             return
-        # The file may be on the main process's own disk.
-        found = from_main_process(lambda: torch.load(path, map_location="cpu", weights_only=True))
-        before = found["settings"]
-        changes = [
-            f"{name} was {before.get(name)!r} and is now {value!r}"
-            for name, value in self.settings.items()
-            if before.get(name) != value
-        ]
+        try:
+            found = read_checkpoint(path)
+        except ValueError as error:
+            raise ValueError(f"{error}, or --no-resume to start again") from None
+        changes = differences(found["settings"] | found["schedule"], self.settings | self.schedule)
         if changes and found["training"]["step"] == found["training"]["num_steps"]:
             logger.info("%s is of a finished evaluation with other settings and will be replaced: %s", path, changes[0])
             return
@@ -67,9 +74,57 @@ class GridCheckpoints:
                 f"{path} belongs to another evaluation, which was interrupted: {changes[0]}. Choose another "
                 "--output-dir, or --no-resume to start again"
             )
+        self._load(found)
+        logger.info("going on after step %d of %d, from %s", self.training.step, self.training.num_steps, path)
+
+    def load_trained(self, path: Path) -> None:
+        """Loads heads that an earlier evaluation trained, by its own schedule, to be scored as they are.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: no checkpoint of this program, a damaged one, or one with other settings.
+        """
+        found = read_checkpoint(path)
+        if changes := differences(found["settings"], self.settings):
+            raise ValueError(
+                f"The heads of {path} are of another evaluation: {changes[0]}. Give what it was, or other heads"
+            )
+        self.schedule = found["schedule"]
+        self._load(found)
+        logger.info("heads of %s, after step %d of %d", path, self.training.step, self.training.num_steps)
+
+    def _load(self, found: Mapping[str, Any]) -> None:
         self.training.load_state_dict(found["training"])
         self.history = found["history"]
-        logger.info("going on after step %d of %d, from %s", self.training.step, self.training.num_steps, path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `GridCheckpoints.save` wrote, in every process; the file may be on the main process's own disk.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, or no checkpoint of this program.
+    """
+
+    def read() -> dict[str, Any]:
+        found = read_weights(path)
+        if set(found) != {"training", "settings", "schedule", "history"}:
+            raise ValueError(
+                f"{path} is no checkpoint of this program: give a {RUNNING_CHECKPOINT} or a "
+                f"{KEPT_CHECKPOINT.format(step='<step>')}"
+            )
+        return found
+
+    return from_main_process(read)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In words, for each setting that changed."""
+    return [
+        f"{name} was {before.get(name)!r} and is now {value!r}"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
 
 
 def train_grid(

@@ -75,10 +75,15 @@ class HeadGrid(nn.Module):
         return torch.cat(scores, dim=1)
 
     @torch.no_grad()
-    def count_hits(self, features: Tensor, labels: Tensor) -> ClassHits:
-        """Scores all heads, in the order of `specs`; see `probes.accuracy.count_hits`."""
+    def count_hits(self, features: Tensor, labels: Tensor, classes: Tensor | None = None) -> ClassHits:
+        """Scores all heads, in the order of `specs`; see `probes.accuracy.count_hits`.
+
+        Args:
+            classes: [M] int64, those that answers are chosen from; `labels` and the counts then go by places in it.
+        """
+        chosen = slice(None) if classes is None else classes
         found = [
-            count_hits(weight, bias, features[:, self.columns(*input)], labels)
+            count_hits(weight[:, chosen], bias[:, chosen], features[:, self.columns(*input)], labels)
             for input, weight, bias in zip(self.inputs, self.weights, self.biases, strict=True)
         ]
         return ClassHits(
@@ -133,6 +138,6 @@ class GridTraining:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
+        self.step, self.num_steps = state["step"], state["num_steps"]
         self.grid.load_state_dict(state["heads"])
         self._optimizer.load_state_dict(state["optimizer"])

@@ -1,14 +1,20 @@
 import json
+import shutil
 import signal
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dinov2_eq.data.datasets import DataError
 from dinov2_eq.distributed.signals import StoppedBySignal
 from dinov2_eq.eval import linear
 from dinov2_eq.evaluation import linear_training
+from dinov2_eq.evaluation.encoder import load_encoder
 from dinov2_eq.models import build_backbone
+from dinov2_eq.probes.features import block_features
 from tests.processes import run_ranks
 
 CHECKPOINT = "running_checkpoint_linear_eval.pth"
@@ -123,6 +129,125 @@ def test_kept_checkpoints(colours, tmp_path):
     run(tmp_path, colours, "--save-checkpoint-frequency", "2")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoint_linear_eval_8.pth", "results_eval_linear.json", CHECKPOINT]
+
+
+@pytest.fixture
+def renamed(tmp_path, colours):
+    """Two of the reported classes in another order, and the mapping to those of training."""
+    val = Path(colours["val"].removeprefix("ImageFolder:root="))
+    for number, name in enumerate(("red", "green")):
+        shutil.copytree(val / name, tmp_path / "two" / f"{number}_{name}")
+    np.save(tmp_path / "two.npy", np.array([3, 1]))  # of blue, green, grey, red
+    return f"ImageFolder:root={tmp_path / 'two'}", str(tmp_path / "two.npy")
+
+
+def right_of_two(root, heads):
+    """For each of the two heads of one block: which of `renamed`'s images get 1; and their labels. One by one."""
+    encoder = load_encoder("random:vit_tiny/16@32", None)
+    right, labels = [], []
+    for label, folder in enumerate(("0_red", "1_green")):
+        for path in sorted((root / folder).iterdir()):
+            pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None] / 255
+            (tokens,) = block_features(encoder.backbone, pixels, mean=encoder.mean, std=encoder.std, num_blocks=1)
+            answers = []
+            for number in range(2):  # class token; and with the mean patch token
+                weight, bias = heads[f"weights.{number}"][0], heads[f"biases.{number}"][0]
+                scores = weight @ tokens[: weight.shape[1]] + bias
+                answers.append(0 if scores[3] > scores[1] else 1)
+            right.append([float(answer == label) for answer in answers])
+            labels.append(label)
+    return torch.tensor(right).T, torch.tensor(labels)
+
+
+def test_class_mappings_and_metrics(colours, tmp_path, renamed, capsys):
+    data, mapping = renamed
+    # With one short step the heads are bad at four classes.
+    flags = ["--epochs", "1", "--epoch-length", "1", "--learning-rates", "1e-5", "--n-last-blocks", "1"]
+    tests = ["--test-datasets", data, colours["val"], "--test-class-mapping-fpaths", mapping, "None"]
+    metrics = ["--test-metric-types", "per_class_accuracy", "mean_accuracy"]
+    results = run(tmp_path / "out", colours, *flags, *tests, *metrics)
+    name = f"{data}, classes of two.npy"
+    assert list(results["results"]["accuracy"]) == [colours["val"], name]
+    assert results["protocol"]["num_choices"] == {colours["val"]: 4, name: 2}
+    assert results["protocol"]["num_images"] == {colours["val"]: 22, name: 11}
+    assert "mapping" not in str(list(results["protocol"]))
+
+    right, labels = right_of_two(tmp_path / "two", heads_of(tmp_path / "out"))
+    by_class = [[100 * found[labels == label].mean().item() for label in (0, 1)] for found in right]
+    assert [head["top1"][name] for head in results["heads"]] == pytest.approx([sum(each) / 2 for each in by_class])
+    found = results["results"]["accuracy"][name]
+    best = [head["name"] for head in results["heads"]].index(results["results"]["head"])
+    assert found["per_class_accuracy"]["top1"] == pytest.approx(by_class[best])
+    assert set(found["mean_accuracy"]) == {"top1"}  # five answers of two would always be right
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[-2] for row in rows if row and row[0] == data + ","] == ["mean_per_class_accuracy"]
+
+    # The validation set takes one too, and chooses among its classes.
+    own = ["--val-class-mapping-fpath", mapping, "--select-on-val"]
+    chosen = run(tmp_path / "val", {**colours, "val": data}, *flags, *own)
+    right, _ = right_of_two(tmp_path / "two", heads_of(tmp_path / "val"))
+    expected = [100 * found.mean().item() for found in right]
+    assert [head["top1"]["selection"] for head in chosen["heads"]] == pytest.approx(expected)
+
+
+def test_flags_for_each_test_set(colours, tmp_path, renamed):
+    data, mapping = renamed
+    for flags, message in (
+        (["--test-datasets", data, data, "--test-class-mapping-fpaths", mapping], "there are 2 of them, and 1 values"),
+        (["--test-metric-types", "mean_accuracy"], "--test-metric-types needs .* there are 0 of them, and 1 values"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path, colours, *flags)
+    with pytest.raises(DataError, match=r"Label 0 is 'blue' in .* and '0_red' in"):
+        run(tmp_path, colours, "--test-datasets", data)
+
+
+def test_heads_that_were_trained_before(colours, tmp_path, monkeypatch, capsys):
+    trained = run(tmp_path / "trained", colours, "--save-checkpoint-frequency", "2")
+    checkpoint = tmp_path / "trained" / CHECKPOINT
+    before = checkpoint.read_bytes()
+    monkeypatch.setattr(linear_training.GridTraining, "update", None)
+    # By any schedule, on other images, and into the same folder.
+    other = {"train": colours["train"], "val": colours["train"]}
+    flags = ["--classifier-fpath", str(checkpoint), "--batch-size", "16", "--epochs", "7"]
+    again = run(tmp_path / "trained", other, *flags, "--test-datasets", colours["val"])
+    assert again["history"] == trained["history"] and again["results"]["head"] == trained["results"]["head"]
+    assert (
+        again["results"]["accuracy"][colours["val"]] == trained["results"]["accuracy"][colours["val"]]
+        and colours["train"] in again["results"]["accuracy"]
+    )
+    protocol = again["protocol"]
+    assert (protocol["iterations"], protocol["global_batch_size"]) == (12, 8)
+    assert protocol["heads"] == f"of {CHECKPOINT}, trained before" and trained["protocol"]["heads"] == "trained here"
+    assert checkpoint.read_bytes() == before
+    # And as they were on the way.
+    kept = tmp_path / "trained" / "checkpoint_linear_eval_8.pth"
+    halfway = run(tmp_path / "halfway", colours, "--classifier-fpath", str(kept))
+    assert halfway["protocol"]["iterations"] == 8 and [score["iteration"] for score in halfway["history"]] == [6]
+    assert "checkpoint_linear_eval_8.pth, after step 8 of 12" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "halfway").iterdir()] == ["results_eval_linear.json"]
+
+
+def test_heads_that_cannot_be_used(colours, tmp_path):
+    run(tmp_path, colours)
+    path = tmp_path / CHECKPOINT
+    for flags, message in (
+        (["--seed", "1"], "--seed was 0 and is now 1"),
+        (["--learning-rates", "0.1"], "the list of heads was"),
+        (["--encoder", "random:vit_tiny/8@32"], "the encoder was"),
+    ):
+        with pytest.raises(ValueError, match=rf"The heads of .*{CHECKPOINT} are of another evaluation: {message}"):
+            run(tmp_path, colours, "--classifier-fpath", str(path), *flags)
+    with pytest.raises(FileNotFoundError, match=r"heads.pth"):
+        run(tmp_path, colours, "--classifier-fpath", str(tmp_path / "heads.pth"), "--dry-run")
+    torch.save({"model": {}, "iteration": 12499}, tmp_path / "heads.pth")  # as DINOv2 writes them
+    with pytest.raises(ValueError, match=r"heads.pth is no checkpoint of this program: give a running_checkpoint"):
+        run(tmp_path, colours, "--classifier-fpath", str(tmp_path / "heads.pth"))
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=rf"{CHECKPOINT} is not a file of weights, or it was cut off"):
+        run(tmp_path, colours, "--classifier-fpath", str(path))
+    with pytest.raises(ValueError, match=r"is not a file of weights, or it was cut off.*--no-resume to start again"):
+        run(tmp_path, colours)
 
 
 def test_few_images(colours, tmp_path):

@@ -112,3 +112,35 @@ def test_nothing_to_hold_out():
         split_held_out(labelled([0, 1, 2]), 0.1, 0)
     with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.0"):
         split_held_out(labelled([0, 0, 1]), 1.0, 0)
+
+
+def mapping_file(path, values):
+    np.save(path, np.array(values))
+    return path
+
+
+def test_labels_by_a_class_mapping(tmp_path, caplog):
+    # Training labels 0, 2 and 4 are used, and close up to 0, 1 and 2.
+    train = folders(tmp_path / "train", a=2, b=0, c=2, d=0, e=1)
+    test = folders(tmp_path / "test", a=1, e=3)
+    mapping = mapping_file(tmp_path / "mapping.npy", [0, 4])
+    first, second, third = read_labelled(train, [test, train], "test", class_mappings=[mapping, None])
+    assert second.labels.tolist() == [0, 1, 1, 1] and second.classes.tolist() == [0, 2]
+    assert first.labels.tolist() == third.labels.tolist() == [0, 0, 1, 1, 2] and third.classes is None
+    assert not caplog.messages
+    read_labelled(train, [test], "test", class_mappings=[mapping_file(mapping, [4, 0])])
+    assert "2 of its classes have other names than the training classes" in caplog.text and "'a' is 'e'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ([0], r"has label 1, and its class mapping has entries for 0 to 0 only"),
+        ([0, 1], r"have no image in .* \(labels 1\)"),
+        ([0, 9], r"have no image in .* \(labels 9\)"),
+    ],
+)
+def test_class_mappings_that_do_not_fit(tmp_path, mapping, message):
+    train, test = folders(tmp_path / "train", a=2, b=0, c=2), folders(tmp_path / "test", a=1, c=1)
+    with pytest.raises(DataError, match=message):
+        read_labelled(train, [test], "test", class_mappings=[mapping_file(tmp_path / "mapping.npy", mapping)])

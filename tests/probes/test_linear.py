@@ -106,6 +106,22 @@ def test_separable_data_reach_100_percent():
     assert hits.top1_percent("mean_accuracy").max() == 100
 
 
+def test_answers_chosen_from_some_classes():
+    features, labels = data(1)
+    grid = HeadGrid(DIM, CLASSES, seed=1)
+    chosen = torch.tensor([2, 0])  # label 0 is class 2, label 1 class 0
+    kept = features[0][labels[0] != 1]
+    meaning = labels[0][labels[0] != 1]
+    answers = grid(kept)[:, :, chosen].argmax(dim=2)  # [n, H]
+    hits = grid.count_hits(kept, (meaning == 0).long(), chosen)
+    right = (chosen[answers] == meaning[:, None]).double()
+    assert torch.equal(hits.top1.sum(dim=1), right.sum(dim=0)) and hits.total.tolist() == [
+        (meaning == 2).sum(),
+        (meaning == 0).sum(),
+    ]
+    assert (grid(kept).argmax(dim=2) == 1).any()  # that answer is wrong with all classes and cannot be given here
+
+
 def test_shuffled_labels_give_chance():
     features, labels = data(100)
     shuffled = labels.flatten()[torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(2))]
