@@ -24,8 +24,8 @@ PERIOD_STEPS = 2  # between checkpoints
 class Faulty(SE2):
     """As `se2`, until the fault comes that the file `FAULT` describes: "kill 1 6" kills process 1 in the sixth step.
 
-    It comes when the checkpoint before that step is whole, and once: the next start finds no such file. Steps count
-    from the start of the processes.
+    It comes when the checkpoint before that step is whole, if this start writes one, and once: the next start finds no
+    such file. Steps count from the start of the processes.
     """
 
     def __init__(self, ranges: TransformRanges) -> None:
@@ -38,7 +38,8 @@ class Faulty(SE2):
         views = super().apply(images, theta, size)
         self.calls += 1
         if self.calls == self.step:
-            _wait_for_checkpoint(self.step - 1)
+            if self.step > PERIOD_STEPS:
+                _wait_for_checkpoint(self.step - 1)
             if get_rank() == self.rank:
                 FAULT.unlink()
                 if self.fault == "nan":

@@ -18,7 +18,7 @@ from tests.helpers import TINY
 from tests.processes import start_ranks
 from tests.reliability.faults import CHECKPOINTS, FAULT, PERIOD_STEPS, RUN
 
-STEPS = 8
+STEPS = 6
 ARGUMENTS = [
     *("train", "--config-file", "debug", "--output-dir", str(RUN), *TINY),
     *(f"optim.steps={STEPS}", f"train.checkpoint_period_steps={PERIOD_STEPS}", "train.keep_checkpoints=9"),
@@ -68,6 +68,17 @@ class Run:
         for path in self.checkpoints.iterdir():
             if int(path.name) > step:
                 shutil.rmtree(path)
+
+    def stopped_after(self, uninterrupted: "Run", step: int) -> None:
+        """Its newest checkpoint is that of `step` and holds, bit for bit, what the uninterrupted run's holds.
+
+        That a run goes on from there as if nothing had happened is shown by `goes_on`, after other faults.
+        """
+        assert self.names_of_checkpoints()[-1] == str(step)
+        written = sorted((uninterrupted.checkpoints / str(step)).glob("*.distcp"))
+        assert len(written) == 2
+        for path in written:
+            assert (self.checkpoints / str(step) / path.name).read_bytes() == path.read_bytes()
 
     def goes_on(self, uninterrupted: "Run", step: int, *overrides: str) -> None:
         """The same command goes on after `step` finished steps, and ends where the uninterrupted run ends."""

@@ -42,7 +42,7 @@ def test_a_process_is_killed(struck, uninterrupted):
 def test_the_main_process_is_killed(run, uninterrupted):
     assert run.train(fault="kill 0 6") == [KILLED, 5]
     assert re.search(NAME.format(0) + " hosts the connection of all, and no longer answers", run.printed(1))
-    run.goes_on(uninterrupted, 4)
+    run.stopped_after(uninterrupted, 4)
 
 
 def test_all_others_name_the_process_that_is_killed(tmp_path):
@@ -67,24 +67,24 @@ def test_a_process_hangs(struck, uninterrupted):
     assert hung.exitcode is None
     os.kill(hung.pid, signal.SIGCONT)  # it finds itself alone
     assert exit_codes([hung]) == [5]
-    run.goes_on(uninterrupted, 4)
+    run.stopped_after(uninterrupted, 4)
 
 
 def test_a_signal_to_one_process(run, uninterrupted):
     assert run.train(fault="term 0 3") == [4, 4]
-    assert run.train(fault="usr2 1 3") == [4, 4]  # its third step is the sixth
+    assert run.train(fault="usr2 1 2") == [4, 4]  # its second step is the fifth
     for rank in (0, 1):
-        for name, step in {"SIGTERM": 3, "SIGUSR2": 6}.items():
+        for name, step in {"SIGTERM": 3, "SIGUSR2": 5}.items():
             stop = f"dinov2-eq: stopped by {name} after step {step}, saved; the same command goes on from there"
             assert stop in run.printed(rank)
-    run.goes_on(uninterrupted, 6)
+    run.goes_on(uninterrupted, 5)
 
 
 def test_a_mistake_in_one_process(run, uninterrupted):
     assert run.train(fault="mistake 1 6") == [5, 2]
     assert re.search(NAME.format(1) + " stopped: ValueError: this image is not what it seems", run.printed(0))
     assert "dinov2-eq: this image is not what it seems" in run.printed(1)
-    run.goes_on(uninterrupted, 4)
+    run.stopped_after(uninterrupted, 4)
 
 
 def test_an_error_of_one_process_that_may_be_another_ones_fault(struck, uninterrupted):
@@ -93,14 +93,14 @@ def test_an_error_of_one_process_that_may_be_another_ones_fault(struck, uninterr
     assert exit_codes(processes) == [5, 1]
     assert re.search(NAME.format(1) + " stopped: RuntimeError: out of memory", run.printed(0))
     assert "Traceback" in run.printed(1)
-    run.goes_on(uninterrupted, 4)
+    run.stopped_after(uninterrupted, 4)
 
 
 def test_a_nan_in_one_batch(run, uninterrupted):
     assert run.train(fault="nan 1 6") == [3, 3]
     for rank in (0, 1):
         assert "dinov2-eq: Loss not finite at step 5: dino = nan" in run.printed(rank)
-    run.goes_on(uninterrupted, 4)
+    run.stopped_after(uninterrupted, 4)
 
 
 def test_a_worker_is_killed(run, uninterrupted):
@@ -121,7 +121,7 @@ def test_corrupt_images(run):
         )
     (images / "07.png").write_bytes(b"not an image")
     (images / "08.png").write_bytes((images / "08.png").read_bytes()[:-200])
-    data = [f"train.dataset_path=Folder:root={images}", "train.batch_size_per_gpu=8"]
+    data = [f"train.dataset_path=Folder:root={images}", "train.batch_size_per_gpu=10"]
     assert run.train(*data) == [2, 2]
     for rank in (0, 1):
         assert re.search(r"dinov2-eq: \d+ of 1\d\d images could not be read.*/07.png.*/08.png", run.printed(rank))

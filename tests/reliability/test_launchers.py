@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.reliability.faults import FAULT
+from tests.reliability.faults import CHECKPOINTS, FAULT
 from tests.reliability.runs import ARGUMENTS, Run
 
 ROOT = Path(__file__).parents[2]
@@ -23,21 +23,23 @@ def start(run: Run, *flags: str) -> subprocess.Popen:
         return subprocess.Popen([*torchrun, *ARGUMENTS], cwd=run.folder, env=environ, stdout=terminal, stderr=terminal)
 
 
-def test_torchrun_starts_a_killed_run_again(run, uninterrupted):
-    run.set_fault("kill 1 6")
-    assert start(run, "--max-restarts", "1").wait(360) == 0, run.printed(0)
-    assert re.search(r"process 1 \(host .+, pid \d+\) has been silent", run.printed(0))
-    run.went_on(uninterrupted, 4)
-
-
-def test_torchrun_is_told_to_stop(run, uninterrupted):
-    run.set_fault("wait 0 5")
-    torchrun = start(run)
-    deadline = time.monotonic() + 240
-    while (run.folder / FAULT).exists():  # until the run has come to its fifth step
-        assert time.monotonic() < deadline, run.printed(0)
-        time.sleep(0.05)
+def test_torchrun_starts_a_killed_run_again_and_passes_sigterm_on(run, uninterrupted):
+    run.set_fault("kill 1 4")
+    torchrun = start(run, "--max-restarts", "1")
+    await_fault(run)
+    run.set_fault("wait 0 2")  # in the second step of the next start
+    await_fault(run)
     torchrun.send_signal(signal.SIGTERM)
     assert torchrun.wait(180) == 1
-    assert run.printed(0).count("dinov2-eq: stopped by SIGTERM after step 5, saved") == 2
-    run.goes_on(uninterrupted, 5)
+    assert re.search(r"process 1 \(host .+, pid \d+\) has been silent", run.printed(0))
+    assert f"resumed from {CHECKPOINTS}/2" in run.log(0)
+    assert run.printed(0).count("dinov2-eq: stopped by SIGTERM after step 4, saved") == 2
+    run.goes_on(uninterrupted, 4)
+
+
+def await_fault(run: Run) -> None:
+    """Until the run has come to the step of its fault."""
+    deadline = time.monotonic() + 240
+    while (run.folder / FAULT).exists():
+        assert time.monotonic() < deadline, run.printed(0)
+        time.sleep(0.05)

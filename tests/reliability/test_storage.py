@@ -16,16 +16,16 @@ from tests.disks import FILLER, mounted_disk, remount
 from tests.reliability.faults import RUN
 
 
-@pytest.mark.parametrize("fault", ["kill_as_it_writes 0 5", "kill_as_it_writes 1 5", "kill_as_it_renames 0 5"])
+@pytest.mark.parametrize("fault", ["kill_as_it_writes 0 3", "kill_as_it_writes 1 3", "kill_as_it_renames 0 3"])
 def test_a_process_is_killed_during_a_save(run, uninterrupted, fault):
     assert sorted(run.train(fault=fault)) == [-signal.SIGKILL, 5]
-    assert run.names_of_checkpoints()[:2] == ["2", "4"]
-    left = run.names_of_checkpoints()[2:]  # the main process removes the rest where it lives
-    assert left == (["6.writing"] if fault.split()[1] == "0" else [])
-    run.goes_on(uninterrupted, 4)
-    for name in left:
-        assert f"{RUN}/checkpoints/{name} was never finished; it is ignored" in run.log(0)
-    assert run.names_of_checkpoints() == ["2", "4", "6", "8"]
+    if fault.split()[1] == "1":
+        run.stopped_after(uninterrupted, 2)  # the main process removed the rest
+    else:
+        assert run.names_of_checkpoints() == ["2", "4.writing"]
+        run.goes_on(uninterrupted, 2)
+        assert f"{RUN}/checkpoints/4.writing was never finished; it is ignored" in run.log(0)
+        assert run.names_of_checkpoints() == ["2", "4", "6"]
 
 
 def truncate(path: Path) -> None:
@@ -63,22 +63,21 @@ def test_every_checkpoint_is_damaged(run, uninterrupted):
 
 def test_clocks_that_disagree(run, uninterrupted):
     """The highest step counts, not the newest date; nor do dates of other files matter."""
-    run.copied_from(uninterrupted, 6)
+    run.copied_from(uninterrupted, 4)
     day, now = 24 * 3600, time.time()
     for days, path in enumerate(sorted((run.folder / RUN).rglob("*"), reverse=True)):
         os.utime(path, (now + days * day, now + days * day))
-    os.utime(run.checkpoints / "6", (0, 0))
-    run.goes_on(uninterrupted, 6)
+    os.utime(run.checkpoints / "4", (0, 0))
+    run.goes_on(uninterrupted, 4)
 
 
 def test_the_disk_of_the_checkpoints_is_full(run, uninterrupted):
     with mounted_disk(run.checkpoints, megabytes=64):
         assert run.train(fault="fill_checkpoints 0 3") == [2, 2]
         reason = r"could not be written: No space left on device \(process \d\)\. Older checkpoints are intact"
-        for step in (4, 6):
-            assert len(re.findall(rf" E .*Checkpoint {RUN}/checkpoints/{step} {reason}", run.printed(0))) == 1
+        assert len(re.findall(rf" E .*Checkpoint {RUN}/checkpoints/4 {reason}", run.printed(0))) == 1
         for rank in (0, 1):
-            assert re.search(rf"dinov2-eq: Checkpoint {RUN}/checkpoints/8 {reason}", run.printed(rank))
+            assert re.search(rf"dinov2-eq: Checkpoint {RUN}/checkpoints/6 {reason}", run.printed(rank))
         assert run.names_of_checkpoints() == ["2", FILLER]
         (run.checkpoints / FILLER).unlink()
         run.goes_on(uninterrupted, 2)

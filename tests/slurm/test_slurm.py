@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no SLURM: {REASON}"
 GUIDE = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text()
 ON_CPU = ["--gpus-per-node", "0", "--cpus-per-task", "1", "--mem-gb", "1", "--timeout", "60"]
 # Only a run that is stopped leaves a checkpoint before its end.
-LONG = ["optim.steps=60", "train.checkpoint_period_steps=1000", "train.num_workers=1"]
+LONG = ["optim.steps=24", "train.checkpoint_period_steps=1000", "train.num_workers=1"]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 SLOW = "equivariance.transform=slow:Slow"  # se2, which is the default, with time for something to happen
 
@@ -131,31 +131,19 @@ def require_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
-def test_two_nodes_go_on_after_usr2_requeue_and_time_limit(undisturbed):
+def test_two_nodes_go_on_after_requeue_and_time_limit(undisturbed):
+    """SLURM sends SIGTERM for the one and, ahead of it, SIGUSR2 for the other."""
     SIGN.touch()
     job = submitted("--nodes", "2", *LONG, SLOW)
-    job.is_queued_again_by(lambda: run("scancel", "--signal=USR2", job.number))
     job.is_queued_again_by(lambda: run("scontrol", "requeue", job.number))
     job.is_queued_again_by(lambda: run("scontrol", "update", f"JobId={job.number}", "TimeLimit=1"))
     SIGN.unlink()
     run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
     job.ends("COMPLETED")
     stops = re.findall(r"stopped by (\w+) after step (\d+), saved", job.log_lines())
-    assert [signal for signal, _ in stops] == ["SIGUSR2", "SIGTERM", "SIGUSR2"]
+    assert [signal for signal, _ in stops] == ["SIGTERM", "SIGUSR2"]
     assert re.findall(r"resumed from run/checkpoints/(\d+)", job.log_lines()) == [step for _, step in stops]
     require_same(teacher(job.folder), undisturbed(2, 1, *LONG))
-
-
-def test_two_processes_on_each_of_two_nodes_go_on_after_an_eviction(undisturbed):
-    overrides = [*LONG, "optim.steps=30", "fsdp.strategy=hybrid"]
-    SIGN.touch()
-    job = submitted("--nodes", "2", "--tasks-per-node", "2", *overrides, SLOW)
-    evict = ["sbatch", "--partition=high", "--nodes=2", "--mem=0", "--output=/dev/null", "--wrap=true"]
-    job.is_queued_again_by(lambda: run(*evict))
-    SIGN.unlink()
-    job.ends("COMPLETED")
-    assert "this job is preempted" in job.log_lines() and "resumed from" in job.log_lines()
-    require_same(teacher(job.folder), undisturbed(4, 2, *overrides))
 
 
 def test_the_script_of_the_guide_goes_on_after_usr2_and_the_loss_of_a_node(cluster, undisturbed):
@@ -174,6 +162,18 @@ def test_the_script_of_the_guide_goes_on_after_usr2_and_the_loss_of_a_node(clust
     cluster.start_node("node2")
     assert job.ends("COMPLETED") == "0:0"
     require_same(teacher(job.folder), undisturbed(2, 1, *LONG))
+
+
+def test_two_processes_on_each_of_two_nodes_go_on_after_an_eviction(undisturbed):
+    overrides = [*LONG, "optim.steps=12", "fsdp.strategy=hybrid"]
+    SIGN.touch()
+    job = submitted("--nodes", "2", "--tasks-per-node", "2", *overrides, SLOW)
+    evict = ["sbatch", "--partition=high", "--nodes=2", "--mem=0", "--output=/dev/null", "--wrap=true"]
+    job.is_queued_again_by(lambda: run(*evict))
+    SIGN.unlink()
+    job.ends("COMPLETED")
+    assert "this job is preempted" in job.log_lines() and "resumed from" in job.log_lines()
+    require_same(teacher(job.folder), undisturbed(4, 2, *overrides))
 
 
 def test_the_interactive_commands_of_the_guide():
