@@ -1,13 +1,16 @@
-"""The doctor as a user calls it: a program of its own, alone, under torchrun and under srun."""
+"""The doctor as a user calls it: alone, with torchrun's variables and under srun."""
 
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dinov2_eq.tools import doctor as program
+from tests.processes import run_ranks
 from tests.slurm.cluster import Cluster, why_not
 
 DOCTOR = [sys.executable, "-m", "dinov2_eq.tools.doctor", "--config-file", "debug"]
@@ -48,11 +51,17 @@ def test_a_machine_that_is_well(doctor, tmp_path):
     assert any("4 checkpoints of" in text for text in texts(lines, "disk", "ok"))
 
 
+def what_it_prints():
+    """And its exit code."""
+    with redirect_stdout(StringIO()) as output, pytest.raises(SystemExit) as stop:
+        program.main(["--config-file", "debug"])
+    return output.getvalue(), stop.value.code
+
+
 def test_two_processes_measure_what_connects_them():
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, *DOCTOR[1:]], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    lines = parse(done.stdout)
+    (main, code), (other, _) = run_ranks(what_it_prints, 2)
+    assert code == 0 and other == ""
+    lines = parse(main)
     assert {name for _, name, _ in lines} == {*CHECKS, "interconnect"}
     assert "torchrun: 2 processes on 1 nodes" in texts(lines, "launch", "ok")[0]
     *reduced, link = texts(lines, "interconnect", "ok")
