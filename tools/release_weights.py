@@ -4,13 +4,15 @@
         --result "20-NN top-1 %=31.5" --notes "a test of the program, not for use"
 
 The file holds the teacher's backbone, and the projection where the run had the task, in half precision. Its header
-holds the run's config, without the folders of data and weights. Afterwards the file is loaded through its entry point
-of torch.hub, and the features are compared.
+holds the run's config, without the folders of data and weights. Nothing is released before a file like it was loaded
+through its entry point of torch.hub and gave the run's features.
 """
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -19,6 +21,7 @@ from dinov2_eq.hub import ENTRY_POINTS
 from dinov2_eq.hub.export_release import write_release
 from dinov2_eq.models.weight_files import read_checkpoint
 
+MIN_COSINE = 0.999
 REQUIRED = {"required": True, "default": argparse.SUPPRESS}
 
 
@@ -56,10 +59,10 @@ def result(text: str) -> tuple[str, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     path = find_checkpoint(args.run)
-    release = write_release(
-        args.output,
-        args.name,
-        read_checkpoint(path),
+    write = partial(
+        write_release,
+        name=args.name,
+        checkpoint=read_checkpoint(path),
         data=args.data,
         results=dict(args.result),
         notes=args.notes,
@@ -67,8 +70,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         url=args.url,
         default=args.default,
     )
+    with TemporaryDirectory() as trial:
+        release = write(Path(trial))
+        similarity = compare(path, Path(trial, release.file), release.entry_point)
+    if not similarity >= MIN_COSINE:
+        raise ValueError(
+            f"Nothing was released: in half precision, class tokens have a cosine of {similarity:.4f} only to those of "
+            f"{path}, and should have {MIN_COSINE}"
+        )
+    release = write(args.output)
     file = args.output / release.file
-    similarity = compare(path, file, release.entry_point)
     print(f"{file}: {release.size / 1e6:.2f} MB, {release.entry_point}, {', '.join(release.contains)}")
     print(f"class tokens of noise, the run's and the release's: cosine at least {similarity:.6f}")
 

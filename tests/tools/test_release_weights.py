@@ -63,6 +63,7 @@ def test_refusals(tmp_path, capsys):
     for name, arguments, reason in (
         ("odd", {"patch_size": 4}, "No entry point for vit_tiny with patches of 4"),
         ("large", {"scale": 1e7}, "values beyond half precision"),
+        ("small", {"scale": 1e-9}, "Nothing was released: .* a cosine of 0.0000 only"),
     ):
         with pytest.raises(ValueError, match=reason):
             main([str(run(tmp_path / name, **arguments)), name, *ABOUT, *output])
