@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,6 @@ class Task(NamedTuple):
     """One evaluation of one encoder, with the folder of its results."""
 
     encoder: str
-    source: str  # of the encoder, see `load_encoder`
     evaluation: str
     program: str
     argv: list[str]
@@ -101,7 +101,7 @@ def read_list(path: Path, output_dir: Path) -> list[Task]:
                 )
             folder = output_dir / str(encoder) / str(evaluation)
             given = ["--encoder", str(source), "--output-dir", str(folder), *as_flags(flags)]
-            tasks.append(Task(str(encoder), str(source), str(evaluation), program, given, folder))
+            tasks.append(Task(str(encoder), str(evaluation), program, given, folder))
     return tasks
 
 
@@ -118,12 +118,12 @@ def as_flags(flags: dict[str, Any]) -> list[str]:
 
 
 def carry_out(task: Task, submit: str | None, resubmit: bool) -> Entry:
-    """Runs or submits the evaluation, unless the same command was given before for the same weights.
+    """Runs or submits the evaluation, unless the same command was given before for the same files.
 
     Then its results count, or what was submitted is waited for, unless `resubmit`.
     """
     made_by, log = task.folder / COMMAND, task.folder / LOG
-    made_from = {"command": [task.program, *task.argv], "weights": stamp(task.source)}
+    made_from = {"command": [task.program, *task.argv], "files": stamps(task.argv)}
     before = json.loads(made_by.read_text()) if made_by.exists() else None
     numbers = read_numbers(task.folder)
     if numbers and before in (made_from | {"submitted": False}, made_from | {"submitted": True}):
@@ -148,17 +148,17 @@ def carry_out(task: Task, submit: str | None, resubmit: bool) -> Entry:
     return Entry(task.encoder, task.evaluation, "done" if numbers else "submitted", numbers)
 
 
-def stamp(source: str) -> dict[str, Any] | None:
-    """Which file a path means today, with its size and time: a run's newest teacher is soon another one.
+def stamps(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Which file each path in a command means today, with its size and time; what is no path has none.
 
-    None where the source is no path, or one that the evaluation will refuse.
+    Class mappings and heads may be written anew, and a run's newest teacher is soon another one.
     """
-    path = Path(source.removeprefix("random:"))
-    try:
-        file = find_checkpoint(path).resolve()
-    except FileNotFoundError:
-        return None
-    return {"file": str(file), "bytes": file.stat().st_size, "written_ns": file.stat().st_mtime_ns}
+    found = {}
+    for word in words:
+        with suppress(OSError):
+            file = find_checkpoint(Path(word.removeprefix("random:"))).resolve()
+            found[word] = {"file": str(file), "bytes": file.stat().st_size, "written_ns": file.stat().st_mtime_ns}
+    return found
 
 
 if __name__ == "__main__":

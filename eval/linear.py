@@ -36,6 +36,8 @@ FILE_NAME = "results_eval_linear.json"
 # Heads in a checkpoint are good for the same values of these only.
 FIXED_FLAGS = ("train_dataset", "max_images", "n_per_class", "select_on_val", "selection_share", "seed", "precision")
 GLOBAL_BATCH = "--batch-size times processes"
+SCHEDULE_FLAGS = ("epochs", "epoch_length", "eval_period_iterations", "save_checkpoint_frequency")
+PATHS = ("source", "checkpoint")  # the same encoder may lie elsewhere
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +51,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--val-class-mapping-fpath",
         type=path_or_none,
         metavar="NPY",
-        help="for labels of --val-dataset of another meaning: the training label of each; only these are answers",
+        help=".npy list whose entry i is the training label of class i of --val-dataset; heads choose among these only",
     )
     add(
         "--test-class-mapping-fpaths",
         nargs="+",
         type=path_or_none,
         metavar="NPY",
-        help="the same for each of the --test-datasets; None: they mean what they mean in training",
+        help="the same for each of the --test-datasets, or the word None where labels are those of training",
     )
     add("--epochs", type=positive, default=10, help="the learning rates fall to 0 along a cosine until their end")
     add("--epoch-length", type=positive, default=1250, help="steps, each of --batch-size images of every process")
@@ -83,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--test-metric-types",
         nargs="+",
         choices=METRICS,
-        help="what is shown of each of the --test-datasets; None: as --val-metric-type",
+        help="what is shown of each of the --test-datasets; if not given, --val-metric-type",
     )
     add("--selection-share", type=float, default=0.1, help="of the training images, held out to choose the head")
     add("--select-on-val", action="store_true", help="choose the head by the reported images, as DINOv2 does")
@@ -110,11 +112,11 @@ class Reported(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.data if self.class_mapping is None else f"{self.data}, classes of {self.class_mapping.name}"
+        return self.data if self.class_mapping is None else f"{self.data}, classes of {self.class_mapping}"
 
 
 def reported_sets(args: argparse.Namespace) -> dict[str, Reported]:
-    """By name: the validation set and then the test sets; of the same images the last one says the metric.
+    """By name: the validation set and then the test sets; the first of a name counts.
 
     Raises:
         ValueError: a flag does not have one value for each test set.
@@ -132,8 +134,10 @@ def reported_sets(args: argparse.Namespace) -> dict[str, Reported]:
     mappings = for_each_test("--test-class-mapping-fpaths", args.test_class_mapping_fpaths, None)
     metrics = for_each_test("--test-metric-types", args.test_metric_types, args.val_metric_type)
     val = Reported(args.val_dataset, args.val_class_mapping_fpath, args.val_metric_type)
-    sets = [val, *map(Reported, args.test_datasets, mappings, metrics)]
-    return {reported.name: reported for reported in sets}
+    sets: dict[str, Reported] = {}
+    for reported in (val, *map(Reported, args.test_datasets, mappings, metrics)):
+        sets.setdefault(reported.name, reported)
+    return sets
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -156,15 +160,16 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     extractor = FeatureExtractor(encoder, device, **extraction_settings(args))
     grid = HeadGrid(embed_dim, num_classes, args.learning_rates, args.n_last_blocks, args.seed).to(device)
     training = GridTraining(grid, args.batch_size * get_world_size(), args.epochs * args.epoch_length)
+    val_classes = images_of[next(iter(sets))].classes
     checkpoints = GridCheckpoints(
-        folder, training, fixed_settings(args, encoder, grid, num_classes), schedule_of(args, next(iter(sets)))
+        folder, training, fixed_settings(args, encoder, grid, num_classes), schedule_of(args, val_classes)
     )
     if args.classifier_fpath:
         checkpoints.load_trained(args.classifier_fpath)
-    elif not args.no_resume:
-        checkpoints.resume()
     if not goes_on(args, folder):
         return
+    if not (args.classifier_fpath or args.no_resume):
+        checkpoints.resume()
 
     def hits_of(images: LabelledImages, features: Tensor) -> ClassHits:
         return grid.count_hits(features, images.labels[own_share(len(images.labels))], images.classes).summed()
@@ -188,18 +193,23 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
             keep_every_epochs=args.save_checkpoint_frequency,
             device=device,
         )
-    notices = divergence(grid)
+    notices = [*divergence(grid), *unfinished(training)]
     selection_hits = hits_of(selection, selection_features)
     best = int(selection_hits.top1_percent(args.val_metric_type).argmax())
-    hits = {
-        name: selection_hits if images is selection else hits_of(images, extractor.own_blocks(images, max_blocks))
-        for name, images in images_of.items()
-    }
-    accuracies = {name: found.summary(best, metrics[name]) for name, found in hits.items()}
+    hits = {}
+    for data in dict.fromkeys(reported.data for reported in sets.values()):
+        same = {name: images_of[name] for name, reported in sets.items() if reported.data == data}
+        images = next(iter(same.values()))
+        features = selection_features if images is selection else extractor.own_blocks(images, max_blocks)
+        hits |= {name: hits_of(images, features) for name, images in same.items()}
+    accuracies = {name: hits[name].summary(best, metric) for name, metric in metrics.items()}
+    trained_before = dict.fromkeys(SCHEDULE_FLAGS) if args.classifier_fpath else {}
     protocol = protocol_of(args, device, started) | {
+        **trained_before,
+        "heads": f"of {args.classifier_fpath.name}, trained before" if args.classifier_fpath else "trained here",
         "global_batch_size": checkpoints.schedule[GLOBAL_BATCH],
         "iterations": training.step,
-        "heads": f"of {args.classifier_fpath.name}, trained before" if args.classifier_fpath else "trained here",
+        "metrics": metrics,
         "num_train_images": len(train.indices),
         "num_selection_images": len(selection.indices),
         "num_images": {name: len(images.indices) for name, images in images_of.items()},
@@ -277,14 +287,16 @@ def fixed_settings(args: argparse.Namespace, encoder: Encoder, grid: HeadGrid, n
         **{f"--{name.replace('_', '-')}": getattr(args, name) for name in FIXED_FLAGS},
         "the list of heads": [spec.name for spec in grid.specs],
         "the number of classes": num_classes,
-        "the encoder": encoder.description,
+        **{f"the encoder's {name}": value for name, value in encoder.description.items() if name not in PATHS},
         "the encoder's weights": fingerprint(encoder.backbone),
     }
 
 
-def schedule_of(args: argparse.Namespace, val: str) -> dict[str, Any]:
+def schedule_of(args: argparse.Namespace, val_classes: Tensor | None) -> dict[str, Any]:
+    chooses = args.select_on_val  # then scores on the way depend on these images
     return {
-        "--val-dataset": val if args.select_on_val else None,
+        "--val-dataset": args.val_dataset if chooses else None,
+        "what is in --val-class-mapping-fpath": val_classes.tolist() if chooses and val_classes is not None else None,
         "--epochs times --epoch-length": args.epochs * args.epoch_length,
         GLOBAL_BATCH: args.batch_size * get_world_size(),
     }
@@ -299,6 +311,15 @@ def divergence(grid: HeadGrid) -> list[str]:
     for notice in notices:
         logger.warning(notice)
     return notices
+
+
+def unfinished(training: GridTraining) -> list[str]:
+    """A notice about heads that were loaded on the way."""
+    if training.step == training.num_steps:
+        return []
+    notice = f"the heads are those of step {training.step} of {training.num_steps}: their training is not finished"
+    logger.warning(notice)
+    return [notice]
 
 
 def selection_words(args: argparse.Namespace) -> str:

@@ -105,7 +105,7 @@ NOT_RUN_HERE = [
         "SLURM",
     ),
     Listed("salloc|srun|first=", f"{SLURM}::test_the_interactive_commands_of_the_guide", "SLURM"),
-    Listed("scancel", f"{SLURM}::test_failures_are_failures", "SLURM"),
+    Listed("scancel", f"{SLURM}::test_signals_with_no_resume_and_a_number_in_the_path", "SLURM"),
     Listed("scontrol", f"{SLURM}::test_two_nodes_go_on_after_requeue_and_time_limit", "SLURM"),
     Listed(r"python -m tests\.slurm\.cluster", "tests/slurm/cluster.py", "a shell to type in"),
     Listed(

@@ -1,24 +1,33 @@
 """Files that say which training classes the labels of another dataset mean."""
 
 from pathlib import Path
+from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
 
-def read_class_mapping(path: Path) -> np.ndarray:
-    """[M] int64 from an .npy file: entry i is the training label of the class that has label i elsewhere.
+class ClassMapping(NamedTuple):
+    """Which classes of ImageNet those of ImageNet-R are, say."""
 
-    Such a file says which classes of ImageNet those of ImageNet-R are, say.
+    path: Path
+    labels: np.ndarray  # [M] int64: entry i is the training label of the class that has label i elsewhere
+
+
+def read_class_mapping(path: Path) -> ClassMapping:
+    """Reads the labels from an .npy file.
 
     Raises:
-        FileNotFoundError: no such file.
+        OSError: no such file, or one that cannot be read.
         ValueError: no .npy file, or not a list of different labels.
     """
     try:
         mapping = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"Class mapping {path} does not exist") from None
-    except (OSError, ValueError, EOFError) as error:
+    except OSError as error:
+        raise OSError(f"Class mapping {path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"Class mapping {path} is no .npy file of whole numbers: {error}") from None
     expected = (
         f"Class mapping {path} must be a list of different whole numbers, the training labels of classes 0, 1, ..."
@@ -33,4 +42,4 @@ def read_class_mapping(path: Path) -> np.ndarray:
     if counts.max() > 1:
         twice = labels[counts.argmax()]
         raise ValueError(f"{expected}; it holds {twice} {counts.max()} times, and no classifier can tell those apart")
-    return mapping.astype(np.int64)
+    return ClassMapping(path, mapping.astype(np.int64))

@@ -12,7 +12,7 @@ from torch import Tensor
 from dinov2_eq.data.datasets import DataError, ImageDataset, build_dataset, require_labels
 from dinov2_eq.data.loaders import fixed_subset
 from dinov2_eq.data.seeding import Stream, torch_generator
-from dinov2_eq.evaluation.class_mapping import read_class_mapping
+from dinov2_eq.evaluation.class_mapping import ClassMapping, read_class_mapping
 
 ALL_IMAGES = -1  # of each class
 NUM_SHOWN = 5  # labels in a message
@@ -81,10 +81,9 @@ def read_labelled(
             _require_same_names(train_dataset, dataset, labels)
             images.append(LabelledImages(dataset, indices, places(labels)))
         else:
-            _require_entries(mapping, dataset, labels)
-            _require_known(classes, train, dataset, mapping, what, max_images)
-            _tell_other_names(train_dataset, dataset, labels, mapping)
-            images.append(LabelledImages(dataset, indices, torch.from_numpy(labels), places(mapping)))
+            _require_fit(mapping, classes, train, dataset, labels, max_images)
+            _tell_other_names(train_dataset, dataset, labels, mapping.labels)
+            images.append(LabelledImages(dataset, indices, torch.from_numpy(labels), places(mapping.labels)))
     return images
 
 
@@ -110,11 +109,23 @@ def _require_same_names(train: ImageDataset, dataset: ImageDataset, labels: np.n
         )
 
 
-def _require_entries(mapping: np.ndarray, dataset: ImageDataset, labels: np.ndarray) -> None:
-    if labels.max() >= len(mapping):
+def _require_fit(
+    mapping: ClassMapping,
+    classes: np.ndarray,
+    train: str,
+    dataset: ImageDataset,
+    labels: np.ndarray,
+    max_images: int | None,
+) -> None:
+    if labels.max() >= len(mapping.labels):
         raise DataError(
-            f"{dataset.data_string!r} has label {labels.max()}, and its class mapping has entries for 0 to "
-            f"{len(mapping) - 1} only. Give each label one"
+            f"{dataset.data_string!r} has label {labels.max()}, and class mapping {mapping.path} has entries for 0 to "
+            f"{len(mapping.labels) - 1} only. Give each label one"
+        )
+    if len(unknown := np.setdiff1d(mapping.labels, classes)):
+        raise DataError(
+            f"Class mapping {mapping.path} names label {unknown[0]}, of which {train!r} has no image. Map to "
+            "labels of training" + _or_more_images(max_images)
         )
 
 

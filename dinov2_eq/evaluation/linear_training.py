@@ -74,7 +74,8 @@ class GridCheckpoints:
                 f"{path} belongs to another evaluation, which was interrupted: {changes[0]}. Choose another "
                 "--output-dir, or --no-resume to start again"
             )
-        self._load(found)
+        self.training.load_state_dict(found["training"])
+        self.history = found["history"]
         logger.info("going on after step %d of %d, from %s", self.training.step, self.training.num_steps, path)
 
     def load_trained(self, path: Path) -> None:
@@ -89,13 +90,9 @@ class GridCheckpoints:
             raise ValueError(
                 f"The heads of {path} are of another evaluation: {changes[0]}. Give what it was, or other heads"
             )
-        self.schedule = found["schedule"]
-        self._load(found)
+        self.training.load_heads(found["training"])
+        self.schedule, self.history = found["schedule"], found["history"]
         logger.info("heads of %s, after step %d of %d", path, self.training.step, self.training.num_steps)
-
-    def _load(self, found: Mapping[str, Any]) -> None:
-        self.training.load_state_dict(found["training"])
-        self.history = found["history"]
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -110,8 +107,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         found = read_weights(path)
         if set(found) != {"training", "settings", "schedule", "history"}:
             raise ValueError(
-                f"{path} is no checkpoint of this program: give a {RUNNING_CHECKPOINT} or a "
-                f"{KEPT_CHECKPOINT.format(step='<step>')}"
+                f"{path} is no {RUNNING_CHECKPOINT} or {KEPT_CHECKPOINT.format(step='<step>')} of this program, or of "
+                "another version of it; give one"
             )
         return found
 

@@ -137,7 +137,11 @@ class GridTraining:
             "optimizer": self._optimizer.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_heads(self, state: dict[str, Any]) -> None:
+        """Heads out of a `state_dict`, to be scored as they are."""
         self.step, self.num_steps = state["step"], state["num_steps"]
         self.grid.load_state_dict(state["heads"])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.load_heads(state)
         self._optimizer.load_state_dict(state["optimizer"])

@@ -53,6 +53,8 @@ class TrainingState:
             )
         self.arch.load_state_dict(state["model"])
         set_optimizer_state_dict(self.arch, self.optimizer, state["optimizer"])
+        for group in self.optimizer.param_groups:  # the checkpoint has brought along how its own start computed updates
+            group["fused"] = self.optimizer.defaults["fused"]
         self.corrupt.load_state_dict(state["corrupt"])
         logger.info("resumed from %s", checkpointer.folder / str(step))
         return step

@@ -78,6 +78,18 @@ def test_a_run_that_has_trained_on_is_evaluated_again(tmp_path, monkeypatch):
     assert run(tmp_path, text) == 0 and len(calls) == 3
 
 
+def test_files_that_flags_name(tmp_path, monkeypatch):
+    calls = stand_in_for_programs(monkeypatch, leave_results)
+    mapping = tmp_path / "mapping.npy"
+    flags = f"val-class-mapping-fpath: {mapping}, test-class-mapping-fpaths: [null, {mapping}], epochs: 10"
+    text = f"encoders: {{one: random:vit_tiny/16@32}}\nevaluations: {{linear: {{{flags}}}}}"
+    for content, num_calls in ((b"one", 1), (b"one", 1), (b"another", 2), (b"another", 2)):
+        if not mapping.exists() or mapping.read_bytes() != content:
+            mapping.write_bytes(content)
+        assert run(tmp_path, text) == 0 and len(calls) == num_calls
+    assert calls[0][-5:] == ["--test-class-mapping-fpaths", "None", str(mapping), "--epochs", "10"]
+
+
 def test_what_is_submitted_is_waited_for(tmp_path, monkeypatch, capsys):
     calls = stand_in_for_programs(monkeypatch, lambda words: 0)
     text = "encoders: {one: random:vit_tiny/16@32}\nevaluations: {knn: {}}"

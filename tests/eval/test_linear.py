@@ -68,7 +68,7 @@ def test_the_whole_grid_and_dinov2s_selection(colours, tmp_path, capsys):
     assert "as DINOv2 does" in results["protocol"]["selection"] and "optimistic" in capsys.readouterr().out
 
 
-def stop_after_step_7(folder, colours, monkeypatch):
+def stop_after_step_7(folder, colours, monkeypatch, *flags):
     update = linear_training.GridTraining.update
 
     def interrupted(training, features, labels):
@@ -79,12 +79,15 @@ def stop_after_step_7(folder, colours, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(linear_training.GridTraining, "update", interrupted)
         with pytest.raises(StoppedBySignal, match="stopped by SIGTERM after step 7, saved"):
-            run(folder, colours)
+            run(folder, colours, *flags)
 
 
 def test_a_stop_changes_nothing(colours, tmp_path, monkeypatch, capsys):
     whole = run(tmp_path / "whole", colours)
     stop_after_step_7(tmp_path / "stopped", colours, monkeypatch)
+    # Where a job is submitted, one process makes a dry run for the many of the job, which may be as many as before.
+    submitted = ["--train-dataset", colours["train"], "--val-dataset", colours["val"], "--dry-run"]
+    linear.main([*SMALL, *SHORT, *submitted, "--output-dir", str(tmp_path / "stopped"), "--batch-size", "2"])
     capsys.readouterr()
     resumed = run(tmp_path / "stopped", colours)
     assert "going on after step 7 of 12" in capsys.readouterr().err
@@ -104,7 +107,7 @@ def test_the_checkpoint_of_another_evaluation(colours, tmp_path, monkeypatch, ca
         (["--batch-size", "4"], r"--batch-size times processes was 8 and is now 4"),
         (["--seed", "1"], r"--seed was 0 and is now 1"),
         (["--learning-rates", "0.1"], "the list of heads was"),
-        (["--encoder", "random:vit_tiny/8@32"], "the encoder was"),
+        (["--encoder", "random:vit_tiny/8@32"], "the encoder's parameters was 5492352 and is now 5384064"),
     ):
         with pytest.raises(ValueError, match=rf"{CHECKPOINT} belongs to another .*: {message}.*--no-resume"):
             run(tmp_path, colours, *flags)
@@ -164,13 +167,13 @@ def test_class_mappings_and_metrics(colours, tmp_path, renamed, capsys):
     # With one short step the heads are bad at four classes.
     flags = ["--epochs", "1", "--epoch-length", "1", "--learning-rates", "1e-5", "--n-last-blocks", "1"]
     tests = ["--test-datasets", data, colours["val"], "--test-class-mapping-fpaths", mapping, "None"]
-    metrics = ["--test-metric-types", "per_class_accuracy", "mean_accuracy"]
+    metrics = ["--test-metric-types", "per_class_accuracy", "mean_per_class_accuracy"]
     results = run(tmp_path / "out", colours, *flags, *tests, *metrics)
-    name = f"{data}, classes of two.npy"
+    name = f"{data}, classes of {mapping}"
+    assert results["protocol"]["metrics"] == {colours["val"]: "mean_accuracy", name: "per_class_accuracy"}
     assert list(results["results"]["accuracy"]) == [colours["val"], name]
     assert results["protocol"]["num_choices"] == {colours["val"]: 4, name: 2}
     assert results["protocol"]["num_images"] == {colours["val"]: 22, name: 11}
-    assert "mapping" not in str(list(results["protocol"]))
 
     right, labels = right_of_two(tmp_path / "two", heads_of(tmp_path / "out"))
     by_class = [[100 * found[labels == label].mean().item() for label in (0, 1)] for found in right]
@@ -182,12 +185,32 @@ def test_class_mappings_and_metrics(colours, tmp_path, renamed, capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [row[-2] for row in rows if row and row[0] == data + ","] == ["mean_per_class_accuracy"]
 
+    # Other mappings of the same images, read once.
+    other = tmp_path / "other" / "two.npy"
+    other.parent.mkdir()
+    np.save(other, np.array([0, 2]))
+    capsys.readouterr()
+    both = ["--test-datasets", data, data, "--test-class-mapping-fpaths", mapping, str(other)]
+    twice = run(tmp_path / "out", colours, *flags, *both)
+    assert list(twice["results"]["accuracy"])[1:] == [name, f"{data}, classes of {other}"]
+    assert twice["heads"][0]["top1"][name] == pytest.approx(100 * right[0].mean().item())
+    assert capsys.readouterr().err.count(f"{data}: features of 11 images") == 1
+
     # The validation set takes one too, and chooses among its classes.
     own = ["--val-class-mapping-fpath", mapping, "--select-on-val"]
     chosen = run(tmp_path / "val", {**colours, "val": data}, *flags, *own)
     right, _ = right_of_two(tmp_path / "two", heads_of(tmp_path / "val"))
     expected = [100 * found.mean().item() for found in right]
     assert [head["top1"]["selection"] for head in chosen["heads"]] == pytest.approx(expected)
+
+
+def test_scores_on_the_way_are_by_one_mapping(colours, tmp_path, renamed, monkeypatch):
+    data, mapping = renamed
+    flags = ["--select-on-val", "--val-class-mapping-fpath", mapping]
+    stop_after_step_7(tmp_path, {**colours, "val": data}, monkeypatch, *flags)
+    np.save(mapping, np.array([1, 3]))
+    with pytest.raises(ValueError, match=r"what is in --val-class-mapping-fpath was \[3, 1\] and is now \[1, 3\]"):
+        run(tmp_path, {**colours, "val": data}, *flags)
 
 
 def test_flags_for_each_test_set(colours, tmp_path, renamed):
@@ -217,7 +240,7 @@ def test_heads_that_were_trained_before(colours, tmp_path, monkeypatch, capsys):
         and colours["train"] in again["results"]["accuracy"]
     )
     protocol = again["protocol"]
-    assert (protocol["iterations"], protocol["global_batch_size"]) == (12, 8)
+    assert (protocol["iterations"], protocol["global_batch_size"], protocol["epochs"]) == (12, 8, None)
     assert protocol["heads"] == f"of {CHECKPOINT}, trained before" and trained["protocol"]["heads"] == "trained here"
     assert checkpoint.read_bytes() == before
     # And as they were on the way.
@@ -225,6 +248,8 @@ def test_heads_that_were_trained_before(colours, tmp_path, monkeypatch, capsys):
     halfway = run(tmp_path / "halfway", colours, "--classifier-fpath", str(kept))
     assert halfway["protocol"]["iterations"] == 8 and [score["iteration"] for score in halfway["history"]] == [6]
     assert "checkpoint_linear_eval_8.pth, after step 8 of 12" in capsys.readouterr().err
+    assert halfway["protocol"]["notices"] == ["the heads are those of step 8 of 12: their training is not finished"]
+    assert again["protocol"]["notices"] == []
     assert [path.name for path in (tmp_path / "halfway").iterdir()] == ["results_eval_linear.json"]
 
 
@@ -234,14 +259,14 @@ def test_heads_that_cannot_be_used(colours, tmp_path):
     for flags, message in (
         (["--seed", "1"], "--seed was 0 and is now 1"),
         (["--learning-rates", "0.1"], "the list of heads was"),
-        (["--encoder", "random:vit_tiny/8@32"], "the encoder was"),
+        (["--encoder", "random:vit_tiny/8@32"], "the encoder's parameters was 5492352 and is now 5384064"),
     ):
         with pytest.raises(ValueError, match=rf"The heads of .*{CHECKPOINT} are of another evaluation: {message}"):
             run(tmp_path, colours, "--classifier-fpath", str(path), *flags)
     with pytest.raises(FileNotFoundError, match=r"heads.pth"):
         run(tmp_path, colours, "--classifier-fpath", str(tmp_path / "heads.pth"), "--dry-run")
     torch.save({"model": {}, "iteration": 12499}, tmp_path / "heads.pth")  # as DINOv2 writes them
-    with pytest.raises(ValueError, match=r"heads.pth is no checkpoint of this program: give a running_checkpoint"):
+    with pytest.raises(ValueError, match=rf"heads.pth is no {CHECKPOINT} or .* of this program"):
         run(tmp_path, colours, "--classifier-fpath", str(tmp_path / "heads.pth"))
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=rf"{CHECKPOINT} is not a file of weights, or it was cut off"):
@@ -263,14 +288,30 @@ def run_in_a_process(argv):
     linear.main(argv)
 
 
-def test_two_processes_equal_one(colours, tmp_path):
-    one = run(tmp_path / "one", colours)
+def test_two_processes_equal_one(colours, tmp_path, renamed):
+    mapped = ["--test-datasets", renamed[0], "--test-class-mapping-fpaths", renamed[1]]
+    one = run(tmp_path / "one", colours, *mapped)
     data = ["--train-dataset", colours["train"], "--val-dataset", colours["val"], "--output-dir", str(tmp_path / "two")]
-    run_ranks(run_in_a_process, 2, [*SMALL, *SHORT, *data, "--batch-size", "4"])
+    run_ranks(run_in_a_process, 2, [*SMALL, *SHORT, *data, *mapped, "--batch-size", "4"])
     two = json.loads((tmp_path / "two" / "results_eval_linear.json").read_text())
     assert without_protocol(two) == without_protocol(one) and two["protocol"]["processes"] == 2
     for name, tensor in heads_of(tmp_path / "one").items():
         torch.testing.assert_close(heads_of(tmp_path / "two")[name], tensor, rtol=0, atol=1e-5)
+    checkpoint = ["--classifier-fpath", str(tmp_path / "two" / CHECKPOINT)]
+    run_ranks(run_in_a_process, 2, [*SMALL, *data, *mapped, *checkpoint])
+    again = json.loads((tmp_path / "two" / "results_eval_linear.json").read_text())
+    assert again["results"] == two["results"] and again["protocol"]["iterations"] == 12
+
+
+def test_the_same_encoder_elsewhere(colours, tmp_path):
+    path = tmp_path / "here" / "weights.pth"
+    path.parent.mkdir()
+    torch.save(build_backbone("vit_tiny", patch_size=16, img_size=32, depth=4).state_dict(), path)
+    first = run(tmp_path / "out", colours, "--encoder", str(path))
+    path.parent.rename(tmp_path / "there")
+    encoder = ["--encoder", str(tmp_path / "there" / "weights.pth")]
+    again = run(tmp_path / "new", colours, *encoder, "--classifier-fpath", str(tmp_path / "out" / CHECKPOINT))
+    assert again["heads"] == first["heads"]
 
 
 def test_mistakes(colours, tmp_path, capsys):

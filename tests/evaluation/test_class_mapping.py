@@ -8,7 +8,8 @@ def test_reads_any_whole_numbers(tmp_path):
     for dtype in (np.int64, np.int32, np.uint8):
         np.save(tmp_path / "mapping.npy", np.array([3, 0, 7], dtype))
         found = read_class_mapping(tmp_path / "mapping.npy")
-        assert found.tolist() == [3, 0, 7] and found.dtype == np.int64
+        assert found.path == tmp_path / "mapping.npy"
+        assert found.labels.tolist() == [3, 0, 7] and found.labels.dtype == np.int64
 
 
 @pytest.mark.parametrize(
@@ -39,3 +40,9 @@ def test_other_files(tmp_path):
     np.savez(tmp_path / "mapping.npz", np.arange(2))
     with pytest.raises(ValueError, match="an archive of several arrays"):
         read_class_mapping(tmp_path / "mapping.npz")
+    content = (tmp_path / "mapping.npz").read_bytes()
+    (tmp_path / "mapping.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"is no \.npy file"):
+        read_class_mapping(tmp_path / "mapping.npz")
+    with pytest.raises(OSError, match="cannot be read: Is a directory"):
+        read_class_mapping(tmp_path)

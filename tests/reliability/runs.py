@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from dinov2_eq.models.weight_files import file_sha256
 from dinov2_eq.run import cli
 from tests.helpers import TINY
 from tests.processes import start_ranks
@@ -70,15 +71,16 @@ class Run:
                 shutil.rmtree(path)
 
     def stopped_after(self, uninterrupted: "Run", step: int) -> None:
-        """Its newest checkpoint is that of `step` and holds, bit for bit, what the uninterrupted run's holds.
+        """Its newest checkpoint is that of `step`, whole, and holds bit for bit what the uninterrupted run's holds.
 
         That a run goes on from there as if nothing had happened is shown by `goes_on`, after other faults.
         """
         assert self.names_of_checkpoints()[-1] == str(step)
-        written = sorted((uninterrupted.checkpoints / str(step)).glob("*.distcp"))
-        assert len(written) == 2
-        for path in written:
-            assert (self.checkpoints / str(step) / path.name).read_bytes() == path.read_bytes()
+        ours, theirs = (run.checkpoints / str(step) for run in (self, uninterrupted))
+        manifest = json.loads((ours / "manifest.json").read_text())
+        assert manifest == {name: file_sha256(ours / name) for name in manifest}
+        written = [name for name in manifest if name.endswith(".distcp")]
+        assert len(written) == 2 and all(file_sha256(theirs / name) == manifest[name] for name in written)
 
     def goes_on(self, uninterrupted: "Run", step: int, *overrides: str) -> None:
         """The same command goes on after `step` finished steps, and ends where the uninterrupted run ends."""

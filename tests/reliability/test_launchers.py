@@ -34,7 +34,8 @@ def test_torchrun_starts_a_killed_run_again_and_passes_sigterm_on(run, uninterru
     assert re.search(r"process 1 \(host .+, pid \d+\) has been silent", run.printed(0))
     assert f"resumed from {CHECKPOINTS}/2" in run.log(0)
     assert run.printed(0).count("dinov2-eq: stopped by SIGTERM after step 4, saved") == 2
-    run.goes_on(uninterrupted, 4)
+    assert start(run).wait(360) == 0, run.printed(0)
+    run.went_on(uninterrupted, 4)
 
 
 def await_fault(run: Run) -> None:

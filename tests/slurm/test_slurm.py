@@ -133,8 +133,9 @@ def require_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 def test_two_nodes_go_on_after_requeue_and_time_limit(undisturbed):
     """SLURM sends SIGTERM for the one and, ahead of it, SIGUSR2 for the other."""
+    overrides = [*LONG, "optim.steps=44"]  # SLURM looks at time limits every 30 seconds
     SIGN.touch()
-    job = submitted("--nodes", "2", *LONG, SLOW)
+    job = submitted("--nodes", "2", *overrides, SLOW)
     job.is_queued_again_by(lambda: run("scontrol", "requeue", job.number))
     job.is_queued_again_by(lambda: run("scontrol", "update", f"JobId={job.number}", "TimeLimit=1"))
     SIGN.unlink()
@@ -143,7 +144,7 @@ def test_two_nodes_go_on_after_requeue_and_time_limit(undisturbed):
     stops = re.findall(r"stopped by (\w+) after step (\d+), saved", job.log_lines())
     assert [signal for signal, _ in stops] == ["SIGTERM", "SIGUSR2"]
     assert re.findall(r"resumed from run/checkpoints/(\d+)", job.log_lines()) == [step for _, step in stops]
-    require_same(teacher(job.folder), undisturbed(2, 1, *LONG))
+    require_same(teacher(job.folder), undisturbed(2, 1, *overrides))
 
 
 def test_the_script_of_the_guide_goes_on_after_usr2_and_the_loss_of_a_node(cluster, undisturbed):
@@ -194,16 +195,18 @@ def test_the_interactive_commands_of_the_guide():
         Path("runs/try").rename(f"runs/{len(commands)}")
 
 
-def test_an_eviction_by_sigterm_with_no_resume_and_a_number_in_the_path(undisturbed):
+def test_signals_with_no_resume_and_a_number_in_the_path(undisturbed):
     """SLURM does not queue again what ends before it is killed, so the job does; a run is set aside only once."""
     SIGN.touch()
     job = submitted("--output-dir", "runs/%j", *LONG, SLOW, "--no-resume")
     job.folder = Path("runs", job.number)
+    job.is_queued_again_by(lambda: run("scancel", "--signal=USR2", job.number))
     # What the processes get from a cluster without preempt_send_user_signal.
     job.is_queued_again_by(lambda: run("scancel", "--signal=TERM", job.number))
     SIGN.unlink()
     job.ends("COMPLETED")
-    assert "stopped by SIGTERM" in job.log_lines() and not list(job.folder.glob("previous-*"))
+    assert re.findall(r"stopped by (\w+)", job.log_lines()) == ["SIGUSR2", "SIGTERM"]
+    assert not list(job.folder.glob("previous-*"))
     require_same(teacher(job.folder), undisturbed(1, 1, *LONG))
 
 

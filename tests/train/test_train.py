@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 
 from dinov2_eq.config.load import load_config
 from dinov2_eq.data.datasets import DataError
-from dinov2_eq.train.build import build_arch
+from dinov2_eq.train.build import build_arch, build_optimizer
 from dinov2_eq.train.finite import NonFiniteError
 from dinov2_eq.train.meter import effective_rank
 from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
@@ -81,6 +81,23 @@ def test_three_plus_three_steps_equal_six(finished, tmp_path, monkeypatch, overr
     assert [line["step"] for line, _ in pairs] == [1, 2, 3, 4, 5, 6]
     for ours, theirs in pairs:
         assert ours["total_loss"] == theirs["total_loss"]
+
+
+def test_updates_are_computed_as_this_start_does(finished, tmp_path, monkeypatch):
+    """Not as the one that wrote the checkpoint; torch keeps that with the optimizer's state."""
+    config, optimizers = tiny_config(), []
+
+    def build(fused, *args):
+        optimizers.append(build_optimizer(*args))
+        for settings in (optimizers[-1].defaults, *optimizers[-1].param_groups):
+            settings["fused"] = fused
+        return optimizers[-1]
+
+    for fused, train in ((None, partial(train_until, step=4, monkeypatch=monkeypatch)), (True, do_train)):
+        monkeypatch.setattr("dinov2_eq.train.train.build_optimizer", partial(build, fused))
+        train(config, tmp_path)
+    assert [{group["fused"] for group in optimizer.param_groups} for optimizer in optimizers] == [{None}, {True}]
+    torch.testing.assert_close(teacher(tmp_path)["teacher"], teacher(finished())["teacher"], rtol=0, atol=1e-5)
 
 
 def test_accumulation_equals_the_whole_batch(tmp_path):
