@@ -52,7 +52,7 @@ def read_labelled(
 
     Raises:
         DataError: missing labels, a single class, or another meaning of the labels than that of `train`.
-        FileNotFoundError, ValueError: as `read_class_mapping`.
+        OSError, ValueError: as `read_class_mapping`.
     """
     mappings = [path and read_class_mapping(path) for path in class_mappings or [None] * len(others)]
     found = []

@@ -150,9 +150,8 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Clips the gradients together to the norm `max_norm` over all shards; returns the norm before that, a scalar."""
     parameters = list(parameters)
-    norm = nn.utils.get_total_norm(
-        [parameter.grad for parameter in parameters if parameter.grad is not None], foreach=True
-    )
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients, foreach=True)  # not by itself where parameters are sharded
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)

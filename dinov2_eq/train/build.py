@@ -212,6 +212,7 @@ def build_optimizer(config: Config, arch: SSLMetaArch) -> torch.optim.AdamW:
         layerwise_decay=config.optim.layerwise_decay,
         patch_embed_lr_mult=config.optim.patch_embed_lr_mult,
     )
+    # Told to fuse, as torch would go through sharded parameters one by one.
     return torch.optim.AdamW(groups, betas=(config.optim.adamw_beta1, config.optim.adamw_beta2), fused=True)
 
 
