@@ -160,9 +160,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     extractor = FeatureExtractor(encoder, device, **extraction_settings(args))
     grid = HeadGrid(embed_dim, num_classes, args.learning_rates, args.n_last_blocks, args.seed).to(device)
     training = GridTraining(grid, args.batch_size * get_world_size(), args.epochs * args.epoch_length)
-    val_classes = images_of[next(iter(sets))].classes
     checkpoints = GridCheckpoints(
-        folder, training, fixed_settings(args, encoder, grid, num_classes), schedule_of(args, val_classes)
+        folder, training, fixed_settings(args, encoder, grid, num_classes), schedule_of(args, selection.classes)
     )
     if args.classifier_fpath:
         checkpoints.load_trained(args.classifier_fpath)
@@ -194,14 +193,18 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
             device=device,
         )
     notices = [*divergence(grid), *unfinished(training)]
+    for notice in notices:
+        logger.warning(notice)
     selection_hits = hits_of(selection, selection_features)
     best = int(selection_hits.top1_percent(args.val_metric_type).argmax())
     hits = {}
     for data in dict.fromkeys(reported.data for reported in sets.values()):
         same = {name: images_of[name] for name, reported in sets.items() if reported.data == data}
-        images = next(iter(same.values()))
-        features = selection_features if images is selection else extractor.own_blocks(images, max_blocks)
-        hits |= {name: hits_of(images, features) for name, images in same.items()}
+        first = next(iter(same.values()))
+        features = selection_features if first is selection else extractor.own_blocks(first, max_blocks)
+        hits |= {
+            name: selection_hits if images is selection else hits_of(images, features) for name, images in same.items()
+        }
     accuracies = {name: hits[name].summary(best, metric) for name, metric in metrics.items()}
     trained_before = dict.fromkeys(SCHEDULE_FLAGS) if args.classifier_fpath else {}
     protocol = protocol_of(args, device, started) | {
@@ -292,11 +295,11 @@ def fixed_settings(args: argparse.Namespace, encoder: Encoder, grid: HeadGrid, n
     }
 
 
-def schedule_of(args: argparse.Namespace, val_classes: Tensor | None) -> dict[str, Any]:
-    chooses = args.select_on_val  # then scores on the way depend on these images
+def schedule_of(args: argparse.Namespace, classes: Tensor | None) -> dict[str, Any]:
+    """What training went by, scores on the way included: `classes` are those of the images that choose the head."""
     return {
-        "--val-dataset": args.val_dataset if chooses else None,
-        "what is in --val-class-mapping-fpath": val_classes.tolist() if chooses and val_classes is not None else None,
+        "--val-dataset": args.val_dataset if args.select_on_val else None,
+        "what is in --val-class-mapping-fpath": None if classes is None else classes.tolist(),
         "--epochs times --epoch-length": args.epochs * args.epoch_length,
         GLOBAL_BATCH: args.batch_size * get_world_size(),
     }
@@ -307,19 +310,14 @@ def divergence(grid: HeadGrid) -> list[str]:
     diverged = grid.diverged()
     if len(diverged) == len(grid.specs):
         raise ValueError("All heads diverged, their weights are NaN or infinite. Give smaller --learning-rates")
-    notices = [f"diverged, and so is wrong about every image: {name}" for name in diverged]
-    for notice in notices:
-        logger.warning(notice)
-    return notices
+    return [f"diverged, and so is wrong about every image: {name}" for name in diverged]
 
 
 def unfinished(training: GridTraining) -> list[str]:
     """A notice about heads that were loaded on the way."""
     if training.step == training.num_steps:
         return []
-    notice = f"the heads are those of step {training.step} of {training.num_steps}: their training is not finished"
-    logger.warning(notice)
-    return [notice]
+    return [f"the heads are those of step {training.step} of {training.num_steps}: their training is not finished"]
 
 
 def selection_words(args: argparse.Namespace) -> str:

@@ -101,7 +101,8 @@ def _require_known(
 
 
 def _require_same_names(train: ImageDataset, dataset: ImageDataset, labels: np.ndarray) -> None:
-    for label, name, trained in _other_names(train, dataset, labels, labels):
+    present = np.unique(labels)
+    for label, name, trained in _other_names(train, dataset, present, present):
         raise DataError(
             f"Label {label} is {trained!r} in {train.data_string!r} and {name!r} in {dataset.data_string!r}. Give both "
             "the same classes: class folders are numbered in the order of their names, so neither may lack one (an "
@@ -131,8 +132,8 @@ def _require_fit(
 
 def _tell_other_names(train: ImageDataset, dataset: ImageDataset, labels: np.ndarray, mapping: np.ndarray) -> None:
     """A mapping may join classes of other names: that is no mistake, but worth a word."""
-    others = _other_names(train, dataset, labels, mapping[labels])
-    if others:
+    present = np.unique(labels)
+    if others := _other_names(train, dataset, present, mapping[present]):
         _, name, trained = others[0]
         words = (
             "%s: %d of its classes have other names than the training classes that they are mapped to: %r is %r, ..."
@@ -146,10 +147,9 @@ def _other_names(
     """(label, its name, the training class's name) where they differ, for labels and the training labels they mean."""
     if train.class_names is None or dataset.class_names is None:
         return []
-    pairs = sorted(set(zip(labels.tolist(), trained.tolist(), strict=True)))
     return [
         (label, dataset.class_names[label], train.class_names[number])
-        for label, number in pairs
+        for label, number in zip(labels.tolist(), trained.tolist(), strict=True)
         if number < len(train.class_names) and train.class_names[number] != dataset.class_names[label]
     ]
 

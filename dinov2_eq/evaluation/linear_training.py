@@ -62,10 +62,10 @@ class GridCheckpoints:
         if not from_main_process(path.exists):
             return
         try:
-            found = read_checkpoint(path)
+            found = _read_saved(path)
         except ValueError as error:
             raise ValueError(f"{error}, or --no-resume to start again") from None
-        changes = differences(found["settings"] | found["schedule"], self.settings | self.schedule)
+        changes = _differences(found["settings"] | found["schedule"], self.settings | self.schedule)
         if changes and found["training"]["step"] == found["training"]["num_steps"]:
             logger.info("%s is of a finished evaluation with other settings and will be replaced: %s", path, changes[0])
             return
@@ -85,8 +85,8 @@ class GridCheckpoints:
             FileNotFoundError: no such file.
             ValueError: no checkpoint of this program, a damaged one, or one with other settings.
         """
-        found = read_checkpoint(path)
-        if changes := differences(found["settings"], self.settings):
+        found = _read_saved(path)
+        if changes := _differences(found["settings"], self.settings):
             raise ValueError(
                 f"The heads of {path} are of another evaluation: {changes[0]}. Give what it was, or other heads"
             )
@@ -95,7 +95,7 @@ class GridCheckpoints:
         logger.info("heads of %s, after step %d of %d", path, self.training.step, self.training.num_steps)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def _read_saved(path: Path) -> dict[str, Any]:
     """What `GridCheckpoints.save` wrote, in every process; the file may be on the main process's own disk.
 
     Raises:
@@ -115,7 +115,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return from_main_process(read)
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In words, for each setting that changed."""
     return [
         f"{name} was {before.get(name)!r} and is now {value!r}"
