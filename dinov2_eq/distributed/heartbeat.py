@@ -24,6 +24,7 @@ class Loss(NamedTuple):
 
     rank: int
     text: str
+    silent: bool = True  # False: it has said so itself
 
 
 class Heartbeat:
@@ -70,14 +71,17 @@ class Heartbeat:
             # end this process, or find that the fault is this process's own.
             self._thread.join()
         self._leaving.set()
-        self._take_leave(GRACE_S)
+        self._take_leave()
 
-    def _take_leave(self, patience_s: float) -> None:
+    def _take_leave(self, loss: Loss | None = None) -> None:
+        """Says that this process ends; the main one then waits, for 10 s at most, until all that answer said so."""
         with suppress(dist.DistError):  # the host of the store may have left before
             self._store.set(f"left/{self.rank}", "")
             if self.rank == 0:  # it may be the host of the store that the others still ask
-                deadline = time.monotonic() + patience_s
-                while time.monotonic() < deadline and not self._store.check([f"left/{rank}" for rank in self.others]):
+                silent = loss.rank if loss is not None and loss.silent else None
+                awaited = [f"left/{rank}" for rank in self.others if rank != silent]
+                deadline = time.monotonic() + GRACE_S
+                while awaited and time.monotonic() < deadline and not self._store.check(awaited):
                     time.sleep(PERIOD_S / 10)
 
     def _beat(self) -> None:
@@ -86,9 +90,9 @@ class Heartbeat:
 
     def _complain(self, error: BaseException) -> None:
         """Tells the others, who end unless they leave by themselves for the same reason."""
-        text = f"{self._name} stopped: {type(error).__name__}: {error}"
+        complaint = Loss(self.rank, f"{self._name} stopped: {type(error).__name__}: {error}", silent=False)
         with suppress(dist.DistError):  # without a store there is nobody to tell
-            self._store.compare_set("complaint", "", json.dumps(Loss(self.rank, text)))  # the first complaint stays
+            self._store.compare_set("complaint", "", json.dumps(complaint))  # the first complaint stays
 
     def _watch(self) -> None:
         while not self._leaving.wait(PERIOD_S):
@@ -103,7 +107,7 @@ class Heartbeat:
                 return  # the main thread has the error in hand
             logger.error("%s. This process ends; start the run again, it goes on from its newest checkpoint", loss.text)
             try:
-                self._take_leave(2 * PERIOD_S)  # the others read from the store which process is lost
+                self._take_leave(loss)  # the others read from the store which process is lost
             finally:
                 os._exit(EXIT_CODE)
 
@@ -132,5 +136,5 @@ class Heartbeat:
         return None
 
     def _announce(self, loss: Loss) -> Loss:
-        self._store.set("loss", json.dumps(loss))
-        return loss
+        """The first announcement stays: who made it has left, and a second would name that process instead."""
+        return Loss(*json.loads(self._store.compare_set("loss", "", json.dumps(loss))))
