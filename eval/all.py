@@ -16,7 +16,8 @@ from yaml import YAMLError
 
 from dinov2_eq.evaluation.encoder import find_checkpoint
 from dinov2_eq.evaluation.summary import Entry, read_numbers, write_summary
-from dinov2_eq.logging import check_writable, setup_logging
+from dinov2_eq.files import check_writable
+from dinov2_eq.logging import setup_logging
 from dinov2_eq.report import render_evaluations
 
 PROGRAMS = ("knn", "linear", "logreg", "equivariance")

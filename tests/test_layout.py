@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dinov2_eq"
 FLOORS = [
-    {"types", "distributed"},
+    {"types", "files", "distributed"},
     {"layers", "loss"},
     {"equivariance", "logging", "probes"},
     {"models", "data", "config", "fsdp", "checkpointer"},

@@ -29,9 +29,9 @@ from dinov2_eq.config.schema import Config
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.distributed import gather_objects, get_rank, get_world_size, pick_device
 from dinov2_eq.distributed.launch import Launch, find_launch, process_group
+from dinov2_eq.files import check_writable
 from dinov2_eq.fsdp import why_compile_fails
 from dinov2_eq.layers.attention import choose_backend
-from dinov2_eq.logging import check_writable
 from dinov2_eq.train.build import build_arch, build_train_loader, uses_half_precision
 from dinov2_eq.train.estimate import GIB, count_parameters, estimate_memory, size_text
 

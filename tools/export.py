@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dinov2_eq.evaluation.command_line import format_table
 from dinov2_eq.evaluation.encoder import Encoder, find_checkpoint, load_encoder
+from dinov2_eq.files import check_writable
 from dinov2_eq.hub import ENTRY_POINTS
 from dinov2_eq.hub.export_card import (
     CHECK_COLUMNS,
@@ -36,7 +37,7 @@ from dinov2_eq.hub.export_names import to_hugging_face, to_timm
 from dinov2_eq.hub.export_onnx import write_onnx
 from dinov2_eq.hub.export_release import write_release
 from dinov2_eq.hub.manifest import read_manifest
-from dinov2_eq.logging import check_writable, setup_logging
+from dinov2_eq.logging import setup_logging
 from dinov2_eq.models import DinoVisionTransformer
 from dinov2_eq.models.convert import adapt, to_dinov2
 from dinov2_eq.models.weight_files import read_checkpoint, read_weights, write_safetensors

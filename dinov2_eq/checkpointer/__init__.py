@@ -1,6 +1,5 @@
 """Training checkpoints: written in the background, renamed when whole, checked before they are trusted."""
 
-import hashlib
 import json
 import logging
 import os
@@ -28,6 +27,7 @@ from dinov2_eq.distributed import (
     is_distributed,
     is_main_process,
 )
+from dinov2_eq.files import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class Checkpointer:
 
     def _publish(self, step: int) -> None:
         temporary, final = self.folder / f"{step}{TEMPORARY}", self.folder / str(step)
-        manifest = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+        manifest = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
         with (temporary / MANIFEST).open("w") as file:
             json.dump(manifest, file, indent=1)
             file.flush()
@@ -289,16 +289,8 @@ def _compare(path: Path, fingerprint: str) -> str | None:
     if not path.is_file():
         return f"{path.name} is missing"
     try:
-        if _fingerprint(path) != fingerprint:
+        if file_sha256(path) != fingerprint:
             return f"{path.name} is not what was written ({path.stat().st_size} bytes)"
     except OSError as error:
         return f"{path.name} cannot be read: {error}"
     return None
-
-
-def _fingerprint(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()

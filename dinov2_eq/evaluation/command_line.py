@@ -13,7 +13,8 @@ import torch
 from dinov2_eq.data.workers import worker_deaths_explained
 from dinov2_eq.distributed import from_main_process, get_world_size, pick_device
 from dinov2_eq.distributed.launch import find_launch, process_group
-from dinov2_eq.logging import check_writable, describe_run, setup_logging
+from dinov2_eq.files import check_writable
+from dinov2_eq.logging import describe_run, setup_logging
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from dinov2_eq.distributed import from_main_process, is_main_process
 from dinov2_eq.distributed.signals import StoppedBySignal, StopRequest
+from dinov2_eq.files import whole_file
 from dinov2_eq.models.weight_files import read_weights
 from dinov2_eq.probes.linear import GridTraining
 
@@ -42,15 +42,14 @@ class GridCheckpoints:
     def save(self, name: str) -> None:
         """The main process writes the whole file, or none of it."""
         if is_main_process():
-            path, temporary = self.folder / name, self.folder / f"{name}.writing"
             state = {
                 "training": self.training.state_dict(),
                 "settings": self.settings,
                 "schedule": self.schedule,
                 "history": self.history,
             }
-            torch.save(state, temporary)
-            os.replace(temporary, path)
+            with whole_file(self.folder / name) as temporary:
+                torch.save(state, temporary)
 
     def resume(self) -> None:
         """Loads the running checkpoint, if there is one; a finished one of other settings is left to be replaced.

@@ -1,13 +1,12 @@
 """Results files."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dinov2_eq.distributed import is_main_process
-from dinov2_eq.logging import check_writable
+from dinov2_eq.files import check_writable, replace_text
 
 
 def results_folder(encoder: str | Path, output_dir: str | Path | None) -> Path:
@@ -40,9 +39,7 @@ def write_results(path: Path, results: Mapping[str, Any]) -> Path:
     """
     text = json.dumps(results, indent=2, allow_nan=False) + "\n"
     check_writable(path.parent)
-    temporary = path.with_name(f"{path.name}.writing")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, text)
     return path
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dinov2_eq.files import file_sha256
 from dinov2_eq.hub.backbones import entry_point_of
 from dinov2_eq.hub.export_card import LICENCE, without_paths
 from dinov2_eq.hub.manifest import Release, read_manifest, write_manifest
 from dinov2_eq.models.convert import backbone_arguments
-from dinov2_eq.models.weight_files import Checkpoint, file_sha256, write_safetensors
+from dinov2_eq.models.weight_files import Checkpoint, write_safetensors
 
 PARTS = ("backbone", "projection")
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
+
+from dinov2_eq.files import replace_text
 
 MANIFEST = "manifest.json"
 PACKAGE = Path(__file__).parents[1]
@@ -66,9 +67,7 @@ def write_manifest(folder: Path, releases: Mapping[str, Release]) -> None:
     """
     entries = {name: asdict(release) for name, release in sorted(releases.items())}
     text = json.dumps({"releases": entries}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    temporary = folder / f"{MANIFEST}.writing"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    replace_text(folder / MANIFEST, text)
 
 
 def find_file(name: str, release: Release, folder: Path) -> Path:

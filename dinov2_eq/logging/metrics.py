@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from dinov2_eq.logging.writable import replace_text
+from dinov2_eq.files import replace_text
 
 FILE_NAME = "training_metrics.jsonl"
 

@@ -5,9 +5,7 @@ of the tensors; see https://github.com/huggingface/safetensors for the format.
 """
 
 import argparse
-import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from dinov2_eq.files import file_sha256, whole_file
 
 METADATA = "__metadata__"
 MAX_HEADER_BYTES = 100_000_000
@@ -109,18 +109,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.writing")
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    temporary.write_bytes(save(own, dict(metadata)))  # save_file would keep the file from everybody else
-    os.replace(temporary, path)
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with whole_file(path) as temporary:
+        temporary.write_bytes(save(own, dict(metadata)))  # save_file would keep the file from everybody else
 
 
 def _existing(path: str | Path) -> Path:

@@ -12,7 +12,7 @@ import torch
 from submitit.core.utils import JobPaths
 
 from dinov2_eq.evaluation.command_line import positive
-from dinov2_eq.logging import check_writable
+from dinov2_eq.files import check_writable
 from dinov2_eq.run.cli import COMMANDS
 from dinov2_eq.run.executors import copy_code, queue_on_slurm, slurm_executor, start_on_this_host
 from dinov2_eq.run.job import Job

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 from pathlib import Path
 
 import torch
@@ -11,8 +10,9 @@ from torch import nn
 from dinov2_eq.config.load import load_config, to_dict, to_yaml
 from dinov2_eq.config.schema import Config
 from dinov2_eq.distributed import is_main_process
+from dinov2_eq.files import replace_text, whole_file
 from dinov2_eq.fsdp import full_state
-from dinov2_eq.logging import describe_run, replace_text
+from dinov2_eq.logging import describe_run
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -90,8 +90,7 @@ def write_teacher(folder: Path, teacher: nn.Module, config: Config, step: int) -
         return
     path = folder / "eval" / f"training_{step}" / "teacher_checkpoint.pth"
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
-    with temporary.open("wb") as file:  # not by name: torch would not tell why it cannot write
+    # Not to a name: torch would not tell why it cannot write.
+    with whole_file(path) as temporary, temporary.open("wb") as file:
         torch.save({"teacher": weights, "config": to_dict(config), "step": step}, file)
-    os.replace(temporary, path)
     logger.info("wrote %s", path)

@@ -20,7 +20,8 @@ from dinov2_eq.data.workers import worker_deaths_explained
 from dinov2_eq.distributed import from_main_process, get_local_world_size, get_rank, get_world_size, pick_device
 from dinov2_eq.distributed.launch import find_launch, process_group
 from dinov2_eq.distributed.signals import StoppedBySignal, StopRequest
-from dinov2_eq.logging import check_writable, disk_errors_explained, setup_logging
+from dinov2_eq.files import check_writable, disk_errors_explained
+from dinov2_eq.logging import setup_logging
 from dinov2_eq.train import run_folder
 from dinov2_eq.train.build import (
     build_arch,

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from dinov2_eq.files import file_sha256
 from dinov2_eq.hub import ENTRY_POINTS
 from dinov2_eq.hub.manifest import read_manifest
-from dinov2_eq.models.weight_files import file_sha256
 from tests.hub.conftest import ROOT
 
 WEIGHTS = ROOT / "weights"

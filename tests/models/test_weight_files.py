@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dinov2_eq.files import file_sha256
 from dinov2_eq.models.weight_files import (
     DTYPES,
-    file_sha256,
     read_checkpoint,
     read_metadata,
     read_weights,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dinov2_eq.models.weight_files import file_sha256
+from dinov2_eq.files import file_sha256
 from dinov2_eq.run import cli
 from tests.helpers import TINY
 from tests.processes import start_ranks

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dinov2_eq.config.schema import Config
-from dinov2_eq.logging import disk_errors_explained
+from dinov2_eq.files import disk_errors_explained
 from dinov2_eq.train.run_folder import write_teacher
 from tests.disks import FILLER, mounted_disk, remount
 from tests.reliability.faults import RUN

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from dinov2_eq.config.load import load_config, to_dict
+from dinov2_eq.files import file_sha256
 from dinov2_eq.hub.manifest import read_manifest
 from dinov2_eq.models import build_backbone
-from dinov2_eq.models.weight_files import file_sha256, read_metadata, read_weights
+from dinov2_eq.models.weight_files import read_metadata, read_weights
 from tools.release_weights import main
 
 ABOUT = ["--data", "pictures", "--notes", "for a test"]

@@ -1,11 +1,13 @@
-"""Whether a folder can be written: asked before hours of computing, and explained when it ends on the way."""
+"""Files that are written whole or not at all, and folders that cannot be written: asked before hours of computing."""
 
 import errno
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
@@ -43,8 +45,32 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to: the file is `path` when the block ends; when it fails, `path` is as before.
+
+    Every call has a name of its own, so that of two jobs which write the same file one wins and neither fails.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}.writing")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
 def replace_text(path: Path, text: str) -> None:
-    """As `path.write_text(text)`; when it fails, what the file held before is still there."""
-    temporary = path.with_name(f"{path.name}.writing")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """As `path.write_text(text)` in UTF-8, by `whole_file`."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """Of the bytes of a file, in hexadecimal."""
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
