@@ -170,11 +170,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     if not (args.classifier_fpath or args.no_resume):
         checkpoints.resume()
 
-    def hits_of(images: LabelledImages, features: Tensor) -> ClassHits:
-        return grid.count_hits(features, images.labels[own_share(len(images.labels))], images.classes).summed()
-
     def best_so_far() -> dict[str, Any]:
-        top1 = hits_of(selection, selection_features).top1_percent(args.val_metric_type)
+        top1 = count_hits(grid, selection, selection_features).top1_percent(args.val_metric_type)
         best = int(top1.argmax())  # the first, where several are
         logger.info(
             "step %d of %d: %.2f %% by %s", training.step, training.num_steps, top1[best], grid.specs[best].name
@@ -195,16 +192,15 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     notices = [*divergence(grid), *unfinished(training)]
     for notice in notices:
         logger.warning(notice)
-    selection_hits = hits_of(selection, selection_features)
+    selection_hits = count_hits(grid, selection, selection_features)
     best = int(selection_hits.top1_percent(args.val_metric_type).argmax())
-    hits = {}
-    for data in dict.fromkeys(reported.data for reported in sets.values()):
+    hits: dict[str, ClassHits] = {}
+    for data in dict.fromkeys(reported.data for reported in sets.values()):  # read once, whatever is counted in it
         same = {name: images_of[name] for name, reported in sets.items() if reported.data == data}
         first = next(iter(same.values()))
         features = selection_features if first is selection else extractor.own_blocks(first, max_blocks)
-        hits |= {
-            name: selection_hits if images is selection else hits_of(images, features) for name, images in same.items()
-        }
+        for name, images in same.items():
+            hits[name] = selection_hits if images is selection else count_hits(grid, images, features)
     accuracies = {name: hits[name].summary(best, metric) for name, metric in metrics.items()}
     trained_before = dict.fromkeys(SCHEDULE_FLAGS) if args.classifier_fpath else {}
     protocol = protocol_of(args, device, started) | {
@@ -252,6 +248,11 @@ def read_images(
     if not args.select_on_val:
         train, selection = split_held_out(train, args.selection_share, args.seed)
     return train, selection, dict(zip(sets, reported, strict=True))
+
+
+def count_hits(grid: HeadGrid, images: LabelledImages, features: Tensor) -> ClassHits:
+    """Of all processes together; `features` are those of this one's share of the images."""
+    return grid.count_hits(features, images.labels[own_share(len(images.labels))], images.classes).summed()
 
 
 def feature_batches(
