@@ -1,14 +1,18 @@
 """Files that are written whole or not at all, and folders that cannot be written: asked before hours of computing."""
 
 import errno
+import glob
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+TEMPORARY = ".writing"
+DAY_S = 24 * 60 * 60
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -49,9 +53,14 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
 def whole_file(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to: the file is `path` when the block ends; when it fails, `path` is as before.
 
-    Every call has a name of its own, so that of two jobs which write the same file one wins and neither fails.
+    Every call has a name of its own, so that of two jobs which write the same file one wins and neither fails. Names
+    that a killed process left behind are removed after a day.
     """
-    temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}.writing")
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*{TEMPORARY}"):
+        with suppress(OSError):  # the other job may have ended meanwhile
+            if time.time() - leftover.stat().st_mtime > DAY_S:
+                leftover.unlink()
+    temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}{TEMPORARY}")
     try:
         yield temporary
         os.replace(temporary, path)

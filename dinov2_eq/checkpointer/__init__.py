@@ -27,12 +27,11 @@ from dinov2_eq.distributed import (
     is_distributed,
     is_main_process,
 )
-from dinov2_eq.files import file_sha256
+from dinov2_eq.files import TEMPORARY, file_sha256
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-TEMPORARY = ".writing"
 
 
 class Checkpointer:
@@ -93,6 +92,7 @@ class Checkpointer:
 
         Raises:
             OSError: it could not be written, on every process alike; older checkpoints are intact.
+            RuntimeError: the connection to another process broke.
         """
         failure = self._outcome()
         if failure is not None:
@@ -103,7 +103,10 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits without raising, and frees threads, memory and process group."""
-        self._log_failure(self._outcome())
+        try:
+            self._log_failure(self._outcome())
+        except RuntimeError as error:
+            logger.error("The last checkpoint was not finished: %s", error)
         self._background.shutdown()
         self._stager.close()
         if self._group is not None:
@@ -112,10 +115,7 @@ class Checkpointer:
     def _outcome(self) -> str | None:
         """Waits for the save under way; what went wrong with it."""
         under_way, self._under_way = self._under_way, None
-        if under_way is None:
-            return None
-        error = under_way.exception()
-        return under_way.result() if error is None else f"The last checkpoint was not finished: {_reason(error)}"
+        return None if under_way is None else under_way.result()
 
     def _log_failure(self, failure: str | None) -> None:
         if failure is not None and is_main_process():
@@ -140,6 +140,8 @@ class Checkpointer:
             outcome = [self._failure(step, error)]
             if is_main_process():
                 _remove(self.folder / f"{step}{TEMPORARY}")
+            if self._group is not None and isinstance(error, RuntimeError):
+                raise  # a collective's: another process is gone, there is nothing to agree upon
         if self._group is not None:
             dist.broadcast_object_list(outcome, group=self._group)
         return outcome[0]

@@ -6,7 +6,8 @@ import os
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -56,6 +57,9 @@ class Heartbeat:
         self._beat()
         dist.barrier()
         self._names = {rank: self._store.get(f"name/{rank}").decode() for rank in self.watched}
+        by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        host = "torchrun on the main host" if by_torchrun else self._names.get(0, self._name)
+        self._unreachable = Loss(0, f"{host} hosts the connection of all, and no longer answers")
         if self.others:
             self._thread.start()
         return self
@@ -71,7 +75,28 @@ class Heartbeat:
             # end this process, or find that the fault is this process's own.
             self._thread.join()
         self._leaving.set()
-        self._take_leave()
+        with self._limited():
+            self._take_leave()
+
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Ends this process when the host of the store hangs: torch waits for its answers without a limit."""
+        limit = threading.Timer(self.silence_limit_s, self._end, [self._unreachable])
+        limit.daemon = True
+        limit.start()
+        try:
+            yield
+        finally:
+            limit.cancel()
+
+    def _end(self, loss: Loss) -> None:
+        logger.error("%s. This process ends; start the run again, it goes on from its newest checkpoint", loss.text)
+        try:
+            if loss is not self._unreachable:
+                with self._limited():
+                    self._take_leave(loss)  # the others read from the store which process is lost
+        finally:
+            os._exit(EXIT_CODE)
 
     def _take_leave(self, loss: Loss | None = None) -> None:
         """Says that this process ends; the main one then waits, for 10 s at most, until all that answer said so."""
@@ -97,19 +122,16 @@ class Heartbeat:
     def _watch(self) -> None:
         while not self._leaving.wait(PERIOD_S):
             try:
-                self._beat()
-                loss = self._find_loss()
+                with self._limited():
+                    self._beat()
+                    loss = self._find_loss()
             except dist.DistError:
-                loss = Loss(0, f"{self._names[self.watched[0]]} hosts the connection of all, and no longer answers")
+                loss = self._unreachable
             if loss is None or self._leaving.is_set():
                 continue
-            if loss.rank == self.rank and self._failed:
+            if loss.rank == self.rank and self._failed and not loss.silent:
                 return  # the main thread has the error in hand
-            logger.error("%s. This process ends; start the run again, it goes on from its newest checkpoint", loss.text)
-            try:
-                self._take_leave(loss)  # the others read from the store which process is lost
-            finally:
-                os._exit(EXIT_CODE)
+            self._end(loss)
 
     def _find_loss(self) -> Loss | None:
         if self._store.check(["loss"]):
@@ -119,15 +141,18 @@ class Heartbeat:
         if self._store.check(["complaint"]):
             complaint = Loss(*json.loads(self._store.get("complaint")))
             self._complained_s = self._complained_s or now
-        # A process that complains is alive; a silent one explains the complaint.
-        limit = self.silence_limit_s if complaint is None else GRACE_S
         for rank, count in zip(
             self.watched, self._store.multi_get([f"count/{rank}" for rank in self.watched]), strict=True
         ):
             last_count, since = self._seen.setdefault(rank, (count, now))
             if count != last_count:
                 self._seen[rank] = (count, now)
-            elif now - since > limit and (complaint is None or complaint.rank != rank):
+                continue
+            if complaint is None:
+                lost = now - since > self.silence_limit_s
+            else:  # the process that complains is alive; another one's silence explains it
+                lost = rank != complaint.rank and now - max(since, self._complained_s) > GRACE_S
+            if lost:
                 return self._announce(Loss(rank, f"{self._names[rank]} has been silent for {now - since:.0f} s"))
         if complaint is not None:
             left = self._store.check([f"left/{complaint.rank}"])  # then the fault was its own

@@ -48,8 +48,9 @@ class GridCheckpoints:
                 "schedule": self.schedule,
                 "history": self.history,
             }
-            with whole_file(self.folder / name) as temporary:
-                torch.save(state, temporary)
+            # Not to a name, which torch would keep inside: the same state is the same bytes.
+            with whole_file(self.folder / name) as temporary, temporary.open("wb") as file:
+                torch.save(state, file)
 
     def resume(self) -> None:
         """Loads the running checkpoint, if there is one; a finished one of other settings is left to be replaced.

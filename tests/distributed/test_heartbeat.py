@@ -1,9 +1,11 @@
 """Which process is called lost; that processes end, tests/reliability shows."""
 
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 
+import pytest
 import torch.distributed as dist
 
 from dinov2_eq.distributed.heartbeat import GRACE_S, Heartbeat, Loss
@@ -26,8 +28,12 @@ class Interrupted:
         return self._store.check(keys)
 
 
-def test_the_first_announced_loss_stays():
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=10))
+@pytest.fixture
+def store():
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=10))
+
+
+def test_the_first_announced_loss_stays(store):
     main, other = (Heartbeat(rank, 3, store, silence_limit_s=20) for rank in (0, 1))
     main._name, other._names = "process 0", {0: "process 0"}
     lost = Loss(2, "process 2 has been silent for 10 s")
@@ -43,3 +49,37 @@ def test_the_first_announced_loss_stays():
     other._complained_s = time.monotonic() - GRACE_S
     assert other._find_loss() == lost
     assert main._find_loss() == lost
+
+
+def test_the_main_process_leaves_after_those_that_answer(store):
+    """It may host the store in which they read why."""
+    main, silent, other = (Heartbeat(rank, 3, store, silence_limit_s=20) for rank in range(3))
+
+    def leave_when_the_main_process_is_about_to():
+        store.wait(["heartbeat/left/0"])
+        other._take_leave()
+
+    last = threading.Thread(target=leave_when_the_main_process_is_about_to)
+    last.start()
+    main._take_leave(Loss(1, "process 1 has been silent for 10 s"))
+    assert store.check(["heartbeat/left/2"]) and not store.check(["heartbeat/left/1"])
+    last.join()
+
+    silent._take_leave()
+    main._take_leave(Loss(1, "process 1 stopped: RuntimeError: out of memory", silent=False))
+
+
+def test_one_complaint_is_explained_by_the_silence_that_follows_it(store):
+    main, other = (Heartbeat(rank, 3, store, silence_limit_s=100) for rank in (0, 1))
+    silent = Heartbeat(2, 3, store, silence_limit_s=100)
+    main._names = {1: "process 1", 2: "process 2"}
+    for process in (main, other, silent):
+        process._beat()
+    assert main._find_loss() is None
+    for rank, (count, since) in main._seen.items():
+        main._seen[rank] = count, since - 2 * GRACE_S  # both have computed for long, holding the interpreter
+    other._name = "process 1"
+    other._complain(RuntimeError("out of memory"))
+    assert main._find_loss() is None
+    main._complained_s -= GRACE_S + 1
+    assert main._find_loss() == Loss(2, f"process 2 has been silent for {2 * GRACE_S:.0f} s")

@@ -25,15 +25,15 @@ NAME = r"process {} \(host .+, pid \d+\)"
 @pytest.fixture(scope="module")
 def struck(tmp_path_factory) -> Iterator[dict[str, tuple[Run, list[Process]]]]:
     """Runs to which something happens that takes long to be noticed, with their processes: all wait together."""
-    runs = {fault: Run(tmp_path_factory.mktemp(fault)) for fault in ("kill", "stop", "memory")}
-    processes = {fault: run.start(fault=f"{fault} 1 6") for fault, run in runs.items()}
+    runs = {fault: Run(tmp_path_factory.mktemp("struck")) for fault in ("kill 1", "stop 1", "stop 0", "memory 1")}
+    processes = {fault: run.start(fault=f"{fault} 6") for fault, run in runs.items()}
     yield {fault: (runs[fault], processes[fault]) for fault in runs}
     for process in (process for pair in processes.values() for process in pair):
         process.kill()
 
 
 def test_a_process_is_killed(struck, uninterrupted):
-    run, processes = struck["kill"]
+    run, processes = struck["kill 1"]
     assert exit_codes(processes) == [5, KILLED]
     assert re.search(NAME.format(1) + r" has been silent for 1\d s\. This process ends", run.printed(0))
     run.goes_on(uninterrupted, 4)
@@ -61,12 +61,24 @@ def wait_for_each_other(folder):
 
 
 def test_a_process_hangs(struck, uninterrupted):
-    run, (main, hung) = struck["stop"]
+    run, (main, hung) = struck["stop 1"]
     assert exit_codes([main]) == [5]
     assert re.search(NAME.format(1) + r" has been silent for 2\d s", run.printed(0))
     assert hung.exitcode is None
     os.kill(hung.pid, signal.SIGCONT)  # it finds itself alone
     assert exit_codes([hung]) == [5]
+    run.stopped_after(uninterrupted, 4)
+
+
+def test_the_main_process_hangs(struck, uninterrupted):
+    """Its store answers nothing, and torch would wait for ever."""
+    run, (hung, other) = struck["stop 0"]
+    assert exit_codes([other]) == [5]
+    assert re.search(NAME.format(0) + " hosts the connection of all, and no longer answers", run.printed(1))
+    assert hung.exitcode is None
+    os.kill(hung.pid, signal.SIGCONT)
+    assert exit_codes([hung]) == [5]
+    assert re.search(NAME.format(1) + " has been silent", run.printed(0))
     run.stopped_after(uninterrupted, 4)
 
 
@@ -89,7 +101,7 @@ def test_a_mistake_in_one_process(run, uninterrupted):
 
 def test_an_error_of_one_process_that_may_be_another_ones_fault(struck, uninterrupted):
     """torch raises RuntimeError for what is wrong here and for a lost connection."""
-    run, processes = struck["memory"]
+    run, processes = struck["memory 1"]
     assert exit_codes(processes) == [5, 1]
     assert re.search(NAME.format(1) + " stopped: RuntimeError: out of memory", run.printed(0))
     assert "Traceback" in run.printed(1)

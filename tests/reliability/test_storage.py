@@ -13,7 +13,15 @@ from dinov2_eq.config.schema import Config
 from dinov2_eq.files import disk_errors_explained
 from dinov2_eq.train.run_folder import write_teacher
 from tests.disks import FILLER, mounted_disk, remount
-from tests.reliability.faults import RUN
+from tests.reliability.faults import PERIOD_STEPS, RUN
+from tests.reliability.runs import STEPS
+
+
+def test_a_process_is_killed_during_the_last_save(run, uninterrupted):
+    """The others do not train, they wait for the save."""
+    assert run.train(fault=f"kill_as_it_writes 1 {STEPS - 1}") == [5, -signal.SIGKILL]
+    assert re.search(r"process 1 \(host .+, pid \d+\) has been silent", run.printed(0))
+    run.stopped_after(uninterrupted, STEPS - PERIOD_STEPS)
 
 
 @pytest.mark.parametrize("fault", ["kill_as_it_writes 0 3", "kill_as_it_writes 1 3", "kill_as_it_renames 0 3"])
