@@ -7,13 +7,14 @@ each transform, and k-NN accuracy and retrieval over the angle of rotation.
 import argparse
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2_eq.config.checks import INTERVALS, lies_in
 from dinov2_eq.data.datasets import DataError, ImageDataset, build_dataset
 from dinov2_eq.data.loaders import fixed_subset
 from dinov2_eq.distributed import from_main_process, is_main_process
@@ -77,22 +78,41 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-seeds", type=positive, default=1, help="heads trained for each number, which is their mean")
     add("--random-init", action=argparse.BooleanOptionalAction, default=True, help="also score the untrained encoder")
     ranges = parser.add_argument_group("ranges of the transforms")
-    ranges.add_argument("--max-angle-deg", type=float, default=TransformRanges.max_angle_deg, help="rotation")
-    ranges.add_argument("--max-shift", type=float, default=TransformRanges.max_shift, help="share of the side")
     ranges.add_argument(
-        "--max-color", type=float, default=TransformRanges.max_color, help="brightness, contrast, saturation"
+        "--max-angle-deg", type=within("max_angle_deg"), default=TransformRanges.max_angle_deg, help="rotation"
     )
-    ranges.add_argument("--max-hue", type=float, default=TransformRanges.max_hue, help="turns")
+    ranges.add_argument(
+        "--max-shift", type=within("max_shift"), default=TransformRanges.max_shift, help="share of the side"
+    )
+    ranges.add_argument(
+        "--max-color",
+        type=within("max_color"),
+        default=TransformRanges.max_color,
+        help="brightness, contrast, saturation",
+    )
+    ranges.add_argument("--max-hue", type=within("max_hue"), default=TransformRanges.max_hue, help="turns")
     ranges.add_argument(
         "--blur-sigma",
         nargs=2,
-        type=float,
+        type=within("blur_sigma_min_max"),
         default=TransformRanges.blur_sigma_min_max,
         metavar=("LOW", "HIGH"),
         help="pixels",
     )
     ranges.add_argument("--min-crop-share", type=float, default=0.2, help="of the area that a crop keeps at least")
     return parser
+
+
+def within(setting: str) -> Callable[[str], float]:
+    """Type of a flag that takes what training takes for this setting of the task."""
+    interval = INTERVALS[f"equivariance.{setting}"]
+
+    def number(text: str) -> float:
+        if not lies_in(value := float(text), interval):
+            raise argparse.ArgumentTypeError(f"must lie in {interval}, got {value:g}")
+        return value
+
+    return number
 
 
 def described(flags: dict[str, Any]) -> str:
@@ -243,7 +263,8 @@ def build_tasks(args: argparse.Namespace) -> dict[str, Transform]:
     for task, transform in tasks.items():
         if not (transform.high > transform.low).all():
             raise ValueError(
-                f"Task {task} has an empty range, from {transform.low.tolist()} to {transform.high.tolist()}"
+                f"Task {task} has an empty range, from {transform.low.tolist()} to {transform.high.tolist()}; see the "
+                "ranges of the transforms in --help"
             )
     return tasks
 

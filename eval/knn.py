@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import time
 from collections.abc import Sequence
 from statistics import fmean
@@ -57,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    if args.temperature <= 0:
+    if not 0 < args.temperature < math.inf:
         raise ValueError(f"--temperature must be positive, got {args.temperature}; DINOv2 uses 0.07")
     with evaluation_processes(args) as device:
         evaluate(args, device)

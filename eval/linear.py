@@ -282,7 +282,9 @@ def check_blocks(encoder: Encoder, num_blocks: int) -> int:
     try:
         features = block_features(encoder.backbone, pixels, mean=encoder.mean, std=encoder.std, num_blocks=num_blocks)
     except ValueError as error:
-        raise ValueError(f"--n-last-blocks {num_blocks} does not fit this encoder: {error}") from None
+        raise ValueError(
+            f"--n-last-blocks {num_blocks} does not fit this encoder: {error}. Give smaller numbers"
+        ) from None
     return features.shape[1] // (num_blocks + 1)
 
 

@@ -150,13 +150,14 @@ def _choices(config: Config) -> Iterator[str]:
 def _intervals(config: Config) -> Iterator[str]:
     for key, value, interval in _rows(config, INTERVALS):
         if isinstance(value, list):
-            if not all(_lies_in(element, interval) for element in value):
+            if not all(lies_in(element, interval) for element in value):
                 yield f"{key}={value}: each number must lie in {interval}"
-        elif value is not None and not _lies_in(value, interval):
+        elif value is not None and not lies_in(value, interval):
             yield f"{key}={value} must lie in {interval}"
 
 
-def _lies_in(value: float, interval: str) -> bool:
+def lies_in(value: float, interval: str) -> bool:
+    """Whether a number is in an interval such as "[0, 1)"; NaN is in none."""
     low, high = map(float, interval[1:-1].split(","))
     return low <= value <= high and (value != low or interval[0] == "[") and (value != high or interval[-1] == "]")
 

@@ -123,17 +123,22 @@ def extraction_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def not_negative(text: str) -> int:
     """Type of a flag that takes a whole number from 0 up."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
+    return _whole_number(text, smallest=0)
 
 
 def positive(text: str) -> int:
     """Type of a flag that takes a whole number from 1 up."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return _whole_number(text, smallest=1)
+
+
+def _whole_number(text: str, smallest: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        several = "; separate several by spaces" if "," in text else ""
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}{several}") from None
+    if value < smallest:
+        raise argparse.ArgumentTypeError(f"must be at least {smallest}, got {value}")
     return value
 
 

@@ -24,7 +24,7 @@ from dinov2_eq.models.foreign_backbones import (
     Foreign,
     require_tokens,
 )
-from dinov2_eq.models.weight_files import read_checkpoint
+from dinov2_eq.models.weight_files import instead_of_folder, read_checkpoint
 
 ADAPTABLE = {"pos_embed", "mask_token"}  # resized as the backbone would do it; not used in evaluations
 CHECKPOINTS = "eval/training_*/teacher_checkpoint.pth"
@@ -96,7 +96,7 @@ def find_checkpoint(path: Path) -> Path:
         return path / "teacher_checkpoint.pth"
     raise FileNotFoundError(
         f"{path} holds no teacher checkpoint: a run folder has eval/training_<step>/teacher_checkpoint.pth, which "
-        "training writes every evaluation.eval_period_steps steps and at its end"
+        f"training writes every evaluation.eval_period_steps steps and at its end{instead_of_folder(path)}"
     )
 
 
@@ -122,12 +122,13 @@ def _load_file(source: str, path: Path, config_file: str | None) -> Encoder:
         untrained = partial(build_backbone, **settings["student"], img_size=image_size)
         details = {"student": config["student"], "equivariance": config.get("equivariance")}
     else:
-        config, details = {}, infer_architecture(weights)
+        config, details = {}, infer_architecture(weights) | {"in_chans": 3}  # as all images here are read
         largest = IMAGENET_SIZE // details["patch_size"] * details["patch_size"]
         image_size, mean, std = min(details["img_size"], largest), IMAGENET_MEAN, IMAGENET_STD
         untrained = partial(DinoVisionTransformer, **details)
-        logger.info(
-            "%s carries no config: its architecture is inferred, images have %d pixels and ImageNet's mean and std",
+        logger.warning(
+            "%s carries no config: its architecture is inferred, and images have %d pixels and ImageNet's mean "
+            "and std, whatever it was trained with",
             path,
             image_size,
         )

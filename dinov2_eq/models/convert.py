@@ -44,6 +44,18 @@ RENAMED_IN_BLOCK = [
     (r"\.mlp\.(?:weights_out|down_proj)\.", ".mlp.w3."),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
 ]
+# What `adapt` cannot change, of `infer_architecture`, in words.
+SHAPING = {
+    "embed_dim": "channels",
+    "depth": "blocks",
+    "ffn_layer": "feed-forward layer",
+    "mlp_ratio": "its ratio",
+    "init_values": "LayerScale",
+    "num_register_tokens": "registers",
+    "qkv_bias": "biases of queries, keys and values",
+    "proj_bias": "biases of attention outputs",
+    "ffn_bias": "biases of feed-forward layers",
+}
 # Parts that lie side by side in one tensor of DINOv2.
 JOINED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.gate_proj", "mlp.up_proj")}
 
@@ -154,6 +166,8 @@ def _split_positions(weights: dict[str, Tensor]) -> None:
         return
     others = table.shape[1] - isqrt(table.shape[1]) ** 2  # positions of what is no patch
     if _is_square(table.shape[1]):
+        side = isqrt(table.shape[1])
+        logger.warning("%d positions are taken for %d x %d patches, and the class token has none", side**2, side, side)
         weights["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
     elif registers is not None and others == 1 + registers.shape[1]:
         weights["register_tokens"] = registers + table[:, 1:others]
@@ -173,6 +187,17 @@ def _is_square(number: int) -> bool:
     return isqrt(number) ** 2 == number
 
 
+def _side(table: Tensor) -> int:
+    """Of the square grid of patches that a position table is for."""
+    num_patches = table.shape[1] - 1
+    if not _is_square(num_patches):
+        raise ValueError(
+            f"A position table of {table.shape[1]} entries is not for a class token and a square grid of patches; "
+            "weights for images that are not square, or for other tokens besides, cannot be used"
+        )
+    return isqrt(num_patches)
+
+
 def infer_architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of the `DinoVisionTransformer` that these weights are of.
 
@@ -186,9 +211,15 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         ValueError: a tensor is missing that tells part of it, or a width at which heads differ from model to model.
     """
+    found = _architecture(weights)
+    logger.info("%(num_heads)d attention heads are assumed, as is usual for %(embed_dim)d channels", found)
+    return found
+
+
+def _architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     try:
         dim, in_chans, patch_size, _ = weights["patch_embed.proj.weight"].shape
-        num_positions = weights["pos_embed"].shape[1]
+        side = _side(weights["pos_embed"])
         gated = "blocks.0.mlp.w12.weight" in weights
         width = weights["blocks.0.mlp.w3.weight" if gated else "blocks.0.mlp.fc2.weight"].shape[1]
     except KeyError as error:
@@ -200,10 +231,9 @@ def infer_architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
             f"are {usual}). Load the model through its library, timm:NAME or hf:NAME, or give the config it was "
             "trained with"
         )
-    logger.info("%d attention heads are assumed, as is usual for %d channels", HEADS[dim], dim)
     registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
     return {
-        "img_size": patch_size * round((num_positions - 1) ** 0.5),
+        "img_size": patch_size * side,
         "patch_size": patch_size,
         "in_chans": in_chans,
         "embed_dim": dim,
@@ -256,8 +286,8 @@ def adapt(weights: Mapping[str, Tensor], backbone: DinoVisionTransformer) -> tup
         if kernel.shape[1] != channels:
             notes.append(f"{kernel.shape[1]} input channels became {channels}")
         fitted["patch_embed.proj.weight"] = resize_patch_kernel(resize_channels(kernel, channels), patch_size)
-    if table is not None and table.shape[1] != expected["pos_embed"].shape[1] and _is_square(table.shape[1] - 1):
-        side = round(backbone.patch_embed.num_patches**0.5)
+    if table is not None and _side(table) ** 2 != backbone.patch_embed.num_patches:
+        side = isqrt(backbone.patch_embed.num_patches)
         antialias, offset = backbone.interpolate_antialias, backbone.interpolate_offset
         fitted["pos_embed"] = resize_positions(table, (side, side), antialias=antialias, offset=offset)
         notes.append(f"{table.shape[1] - 1} positions became {side} x {side}")
@@ -270,8 +300,20 @@ def adapt(weights: Mapping[str, Tensor], backbone: DinoVisionTransformer) -> tup
             fitted[name] = expected[name].clone()
             notes.append(f"fresh {name.replace('_', ' ')}")
     if misfit := describe_misfit(expected, fitted):
-        raise ValueError(f"The weights belong to another architecture: {misfit}")
+        raise ValueError(f"The weights belong to another architecture: {_differences(weights, expected)}{misfit}")
     return fitted, notes
+
+
+def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """What both are, where that differs and tensors tell it; "" where they do not."""
+    try:
+        theirs, ours = _architecture(weights), _architecture(expected)
+    except ValueError:
+        return ""
+    for found in (theirs, ours):
+        found["init_values"] = found["init_values"] is not None
+    different = {name: words for name, words in SHAPING.items() if theirs[name] != ours[name]}
+    return "".join(f"{words} {theirs[name]} there, {ours[name]} here; " for name, words in different.items())
 
 
 def describe_misfit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:

@@ -1,5 +1,7 @@
 """The two parts of a vision transformer that depend on the size of images, patches and channels, for other sizes."""
 
+from math import isqrt
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,7 @@ def resize_positions(table: Tensor, grid: tuple[int, int], *, antialias: bool, o
     Returns:
         [1, 1 + rows * columns, D]
     """
-    side = round((table.shape[1] - 1) ** 0.5)
+    side = isqrt(int(table.shape[1]) - 1)  # int: torch.jit.trace makes tensors of sizes
     if grid == (side, side):
         return table
     cls_position, patch_positions = table.float().split([1, side**2], dim=1)

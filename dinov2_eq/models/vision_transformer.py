@@ -132,12 +132,12 @@ class DinoVisionTransformer(nn.Module):
                     f"{tuple(tokens.shape[:2])} patches"
                 )
             tokens = torch.where(masks.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
-        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         tokens = tokens + self.interpolate_pos_encoding(self.patch_embed.grid(*images.shape[-2:]))
         if self.register_tokens is None:
             return tokens
         cls_token, patch_tokens = tokens[:, :1], tokens[:, 1:]
-        return torch.cat([cls_token, self.register_tokens.expand(len(tokens), -1, -1), patch_tokens], dim=1)
+        return torch.cat([cls_token, self.register_tokens.expand(tokens.shape[0], -1, -1), patch_tokens], dim=1)
 
     def _split_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, 1 + R + N, D] -> class token [B, D], registers [B, R, D], patches [B, N, D]"""

@@ -119,7 +119,22 @@ def _existing(path: str | Path) -> Path:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; give a file of weights (.safetensors, .pth, .pt or .bin)")
+    if path.suffix == ".onnx":
+        raise ValueError(f"{path}: ONNX is written for other programs and not read back; give a file of weights")
     return path
+
+
+def instead_of_folder(path: Path) -> str:
+    """What to name in place of a folder that holds no run: an exported model in it; "" where there is none.
+
+    A folder for a library says which pixel statistics belong to the weights, their file does not.
+    """
+    described = (path / "config.json").read_text(errors="replace") if (path / "config.json").is_file() else ""
+    for key, source in {"model_type": f"hf:{path}", "architecture": f"timm:local-dir:{path}"}.items():
+        if f'"{key}"' in described:
+            return f"; or give {source}"
+    files = sorted(file for pattern in ("*.safetensors", "*.pth") for file in path.glob(pattern))
+    return f"; or give {files[0]}" if files else ""
 
 
 def _damaged(path: Path, reason: str) -> ValueError:

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 on success, 2 on a mistake in config, data, files or flags, 3 when training met a NaN or infinity, 4 when it
-        was stopped by a signal and has saved, 5 when another process of the run was lost.
+        was stopped by a signal and has saved, 5 when another process of the run was lost, 130 on Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         name, rest = find_command(argv)
         importlib.import_module(COMMANDS[name][0]).main(rest)
+    except KeyboardInterrupt:
+        print("dinov2-eq: interrupted", file=sys.stderr)
+        return 130  # as a shell calls the end by Ctrl-C
     except Exception as error:
         return exit_code(error)
     return 0

@@ -16,7 +16,7 @@ from dinov2_eq.distributed import is_distributed
 from dinov2_eq.models import DinoVisionTransformer
 from dinov2_eq.models.convert import HEADS, adapt, describe_misfit, to_dinov2
 from dinov2_eq.models.foreign_backbones import LOADERS
-from dinov2_eq.models.weight_files import read_checkpoint
+from dinov2_eq.models.weight_files import instead_of_folder, read_checkpoint
 from dinov2_eq.train.run_folder import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def find_pretrained(source: str) -> str | Path:
     if step is None:
         raise ValueError(
             f"student.pretrained_weights={source} holds no training checkpoint; give a run folder, one of its "
-            f"{CHECKPOINTS}/<step>, or a file of weights"
+            f"{CHECKPOINTS}/<step>, or a file of weights{instead_of_folder(path)}"
         )
     return path / CHECKPOINTS / str(step)
 
@@ -104,7 +104,13 @@ def start_state(name: str, module: nn.Module, found: Parts) -> dict[str, Tensor]
     if not own:
         return own
     if isinstance(module, DinoVisionTransformer):
-        fitted, notes = adapt(found["backbone"], module)
+        try:
+            fitted, notes = adapt(found["backbone"], module)
+        except ValueError as error:
+            raise ValueError(
+                f"student.pretrained_weights do not fit: {error}. Set student.arch, depth, layerscale, ... as they are "
+                "there"
+            ) from None
         logger.info(
             "backbone: loaded %d of %d tensors%s", len(fitted), len(own), "".join(f"; {note}" for note in notes)
         )

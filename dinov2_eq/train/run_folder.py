@@ -27,8 +27,9 @@ PRODUCTS = (
     "results_eval_*.json",
     "*checkpoint_linear_eval*.pth",
 )
-# What a checkpoint holds or implies: the optimizer's groups, and the stream of samples.
+# What a checkpoint holds or implies: where the weights came from, the optimizer's groups, and the stream of samples.
 FIXED = (
+    "student.pretrained_weights",
     "train.seed",
     "optim.layerwise_decay",
     "optim.patch_embed_lr_mult",

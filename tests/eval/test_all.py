@@ -2,6 +2,11 @@
 
 import csv
 import json
+import os
+import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,8 +58,11 @@ def test_one_table_of_all_nothing_twice_and_a_failure_kept_to_itself(tmp_path, m
     assert "one, knn: failed; dinov2-eq:" in table and "does/not/exist.pth" in table
     after = times_of_results(tmp_path)
     assert before.keys() == {"one/knn", "one/logreg", "two/knn", "two/logreg"}
-    assert after.keys() == {"two/knn", "two/logreg"}  # what failed now shows no older numbers
-    assert after["two/knn"] > before["two/knn"] and after["two/logreg"] == before["two/logreg"]
+    assert re.search(r"\| one \|[ |]*\n", table)  # no older numbers of what failed now
+    assert after.pop("two/knn") > before.pop("two/knn") and after == before
+    num_calls = len(calls)
+    assert run(tmp_path, LIST.replace("nb_knn: [3, 5]", "nb_knn: [3, 4]")) == 0
+    assert calls[num_calls:] == [calls[-1]] and "one/knn" in " ".join(calls[-1])  # only what differs from before
 
 
 def test_each_evaluation_is_a_program_of_its_own(tmp_path, capsys):
@@ -104,6 +112,10 @@ def test_what_is_submitted_is_waited_for(tmp_path, monkeypatch, capsys):
     assert "| one | 50 |" in capsys.readouterr().out
 
 
+# Or the one would say what the other measured, and no result would be found.
+SET_BY_THE_LIST = ("encoder: c", "enc: c", "output-dir: c", "dry-run: true")
+
+
 def leave_results(words: list[str]) -> int:
     folder = Path(words[words.index("--output-dir") + 1])
     (folder / "results_eval_knn.json").write_text(json.dumps({"results": {"full": {"5": {"top1": 50.0}}}}))
@@ -117,8 +129,75 @@ def leave_results(words: list[str]) -> int:
         ("encoders: {a: b}\nevaluations: {knm: {}}", "evaluation 'knm' has no program; give program: knn | linear"),
         ("encoders: {a: b}\nevaluations: {knn: {}}\nmore: 1", "unknown section 'more'"),
         ("encoders: {a: [b", "is not valid YAML"),
+        ("encoders: {a: b}\nevaluations: {knn: 5}", "evaluation 'knn' must be flags and their values, got 5"),
+        ("encoders: {a: }\nevaluations: {knn: {}}", "encoder 'a' must be one source, such as a run folder, got None"),
+        ("encoders: {a: [b, c]}\nevaluations: {knn: {}}", "encoder 'a' must be one source"),
+        ("encoders: {../a: b}\nevaluations: {knn: {}}", "'../a' is to name a folder of results"),
+        (
+            "encoders: {a: b}\nevaluations: {knn: {nb_knnn: 5}}",
+            "evaluation 'knn': unrecognized arguments: --nb_knnn 5;",
+        ),
+        ("encoders: {a: b}\nevaluations: {knn: {batch-size: null}}", "must be a whole number, got 'None'"),
+        ("encoders: {a: b}\nevaluations: {linear: {no-resume: false}}", "unrecognized arguments: --no-no-resume"),
+        *((f"encoders: {{a: b}}\nevaluations: {{knn: {{{flag}}}}}", "leave out encoder") for flag in SET_BY_THE_LIST),
     ],
 )
-def test_a_list_with_a_mistake(tmp_path, capsys, text, message):
+def test_a_list_with_a_mistake(tmp_path, monkeypatch, capsys, text, message):
+    calls = stand_in_for_programs(monkeypatch, leave_results)
     assert run(tmp_path, text) == 2
-    assert message in capsys.readouterr().err
+    assert message in capsys.readouterr().err and not calls
+
+
+def test_a_file_that_is_no_text(tmp_path, capsys):
+    (tmp_path / "list.yaml").write_bytes(b"\xff\xfe\x00")
+    arguments = ["--config-file", str(tmp_path / "list.yaml"), "--output-dir", str(tmp_path / "out")]
+    assert in_this_process(["eval", "all", *arguments]) == 2
+    assert f"{tmp_path}/list.yaml is not valid YAML" in capsys.readouterr().err
+
+
+def test_false_is_the_flag_that_says_no(tmp_path, monkeypatch):
+    calls = stand_in_for_programs(monkeypatch, leave_results)
+    assert run(tmp_path, "encoders: {a: b}\nevaluations: {equivariance: {random-init: false, card: true}}") == 0
+    assert calls[0][-2:] == ["--no-random-init", "--card"]
+
+
+def test_a_damaged_record_means_once_more(tmp_path, monkeypatch):
+    calls = stand_in_for_programs(monkeypatch, leave_results)
+    text = "encoders: {a: b}\nevaluations: {knn: {}}"
+    assert run(tmp_path, text) == 0
+    record = tmp_path / "out/a/knn/command.json"
+    record.write_text(record.read_text()[:20])
+    assert run(tmp_path, text) == 0 and run(tmp_path, text) == 0 and len(calls) == 2
+
+
+def test_an_evaluation_that_leaves_nothing_failed(tmp_path, monkeypatch, capsys):
+    stand_in_for_programs(monkeypatch, lambda words: 0)
+    assert run(tmp_path, "encoders: {a: b}\nevaluations: {knn: {}}") == 2
+    assert "a, knn: failed; it left no results" in capsys.readouterr().out
+
+
+def test_words_of_submit_are_those_of_a_shell(tmp_path, monkeypatch, capsys):
+    calls = stand_in_for_programs(monkeypatch, lambda words: 0)
+    text = "encoders: {a: b}\nevaluations: {knn: {}}"
+    assert run(tmp_path, text, "--submit", "--partition 'gpu") == 2
+    assert "cannot be read: No closing quotation" in capsys.readouterr().err
+    assert run(tmp_path, text, "--submit", "--partition 'gpu one'") == 0
+    assert calls[0][:4] == ["submit", "knn", "--partition", "gpu one"]
+
+
+def test_sigterm_ends_the_evaluation_under_way(tmp_path, capsys):
+    """A real program, which would go on for long."""
+    text = LIST.replace("num=30", "num=100000")
+    (tmp_path / "list.yaml").write_text(text)
+    files = ["--config-file", str(tmp_path / "list.yaml"), "--output-dir", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "dinov2_eq.run.cli", "eval", "all", *files]
+    log = tmp_path / "out/one/knn/log.txt"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline and not (log.exists() and log.read_text()):
+            time.sleep(0.2)
+        process.terminate()
+        assert "dinov2-eq: stopped by SIGTERM; the same command goes on" in process.stderr.read()
+    assert process.returncode == 4
+    with pytest.raises(ProcessLookupError):  # its group is empty
+        os.killpg(process.pid, 0)

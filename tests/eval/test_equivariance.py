@@ -75,6 +75,7 @@ def test_same_numbers_twice(run_folder):
     [
         (["--tasks", "rotaton"], "Unknown task 'rotaton'.* Did you mean 'rotation'"),
         (["--tasks", "blur", "--blur-sigma", "2", "1"], "Task blur has an empty range"),
+        (["--tasks", "rotation", "--max-angle-deg", "0"], "Task rotation has an empty range, .* see the ranges"),
         (["--max-shift", "0.6"], r"translation: shifts up to 0\.6"),
         (["--tasks", "crop", "--min-crop-share", "1"], "Task crop has an empty range"),
     ],
@@ -82,6 +83,22 @@ def test_same_numbers_twice(run_folder):
 def test_mistakes(run_folder, flags, text):
     with pytest.raises(ValueError, match=text):
         run(run_folder, *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--max-angle-deg", "400"], r"--max-angle-deg: must lie in [0, 180], got 400"),
+        (["--max-angle-deg", "nan"], r"--max-angle-deg: must lie in [0, 180], got nan"),
+        (["--max-hue", "2"], "--max-hue: must lie in [0, 0."),
+        (["--max-color", "5"], "--max-color: must lie in [0, 1], got 5"),
+        (["--blur-sigma", "-2", "1"], "--blur-sigma: must lie in [0, inf), got -2"),
+    ],
+)
+def test_ranges_are_those_of_training(run_folder, capsys, flags, text):
+    with pytest.raises(SystemExit):
+        run(run_folder, *flags)
+    assert text in capsys.readouterr().err
 
 
 def test_wrong_data_is_found_before_any_work(run_folder, monkeypatch):
@@ -162,7 +179,7 @@ def test_what_the_card_cannot_show(run_folder, tmp_path):
     with pytest.raises(ValueError, match="given twice"):
         card(tmp_path, [str(run_folder)] * 2)
     many = [f"random:vit_tiny/{patch}@{size}" for patch in (8, 16) for size in (16, 32, 48, 64)]
-    with pytest.raises(ValueError, match=r"up to 8 encoders, got 10 .*run0, random:vit_tiny/8@16, .*, random-init"):
+    with pytest.raises(ValueError, match=rf"got 10 .*{run_folder.name}, random:vit_tiny/8@16, .*, random-init"):
         card(tmp_path, [str(run_folder), *many], "--card")
     with pytest.raises(ValueError, match="unknown dataset 'Nope'"):
         card(tmp_path, ["random:vit_tiny/16@32"], "--card", train="Nope")

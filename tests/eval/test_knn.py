@@ -82,8 +82,15 @@ def test_unlabelled_data(run_folder, tmp_path):
 
 
 def test_temperature(run_folder):
-    with pytest.raises(ValueError, match=r"--temperature must be positive, got 0\.0"):
-        run(run_folder, "--temperature", "0")
+    for given, shown in {"0": "0.0", "nan": "nan", "inf": "inf"}.items():
+        with pytest.raises(ValueError, match=f"--temperature must be positive, got {shown}"):
+            run(run_folder, "--temperature", given)
+
+
+def test_several_numbers_are_separated_by_spaces(run_folder, capsys):
+    with pytest.raises(SystemExit):
+        run(run_folder, "--nb_knn", "10,20")
+    assert "must be a whole number, got '10,20'; separate several by spaces" in capsys.readouterr().err
 
 
 def run_in_a_process(argv):

@@ -64,6 +64,16 @@ def test_missing_files(tmp_path):
     assert "eval/training_<step>/teacher_checkpoint.pth" in message(tmp_path, error=FileNotFoundError)
 
 
+def test_a_folder_with_an_export_is_told_how_to_be_given(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    assert message(tmp_path, error=FileNotFoundError).endswith(f"; or give {tmp_path}/model.safetensors")
+    for content, source in {'{"model_type": "dinov2"}': "hf:", '{"architecture": "vit"}': "timm:local-dir:"}.items():
+        (tmp_path / "config.json").write_text(content)
+        assert message(tmp_path, error=FileNotFoundError).endswith(f"; or give {source}{tmp_path}")
+    (tmp_path / "model.onnx").touch()
+    assert "ONNX is written for other programs and not read back" in message(tmp_path / "model.onnx")
+
+
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"hello world"])
 def test_damaged_files(tmp_path, damage):
     path = save(tmp_path, checkpoint())

@@ -234,11 +234,28 @@ def test_files_of_other_projects(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "dinov2_eq.evaluation.encoder"):
         encoder = load_encoder(path)
     check(encoder, str(path))
-    assert "architecture is inferred, images have 32 pixels" in caplog.text and "(fresh mask token)" in caplog.text
+    assert "architecture is inferred, and images have 32 pixels" in caplog.text and "(fresh mask token)" in caplog.text
     for name, tensor in state.items():
         assert torch.equal(encoder.backbone.state_dict()[name], tensor)
     torch.save(tiny_weights() | {"pos_embed": torch.zeros(1, 1 + 37**2, 192)}, path)
     assert load_encoder(path).image_size == 224  # a table for 296 pixels
+
+
+def test_a_file_of_others_for_grey_images(tmp_path):
+    """Images are read with three channels, and all of a grey one are alike."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, in_chans=1, num_classes=0).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    grey = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        found = load_encoder(tmp_path / "weights.pth").backbone(grey.expand(-1, 3, -1, -1))
+        torch.testing.assert_close(found, model(grey), atol=1e-4, rtol=0)
+
+
+def test_positions_without_one_of_the_class_token_are_told(tmp_path, caplog):
+    """25 may also be 4 x 6 patches and a class token."""
+    torch.save(tiny_weights() | {"pos_embed": torch.zeros(1, 25, 192)}, tmp_path / "weights.pth")
+    load_encoder(tmp_path / "weights.pth")
+    assert "25 positions are taken for 5 x 5 patches, and the class token has none" in caplog.text
 
 
 def test_a_file_of_others_that_is_not_whole(tmp_path):

@@ -103,6 +103,15 @@ def test_another_image_size_keeps_the_features_at_that_size(released):
     torch.testing.assert_close(TINY(img_size=48)(images(48)), TINY()(images(48)), atol=1e-4, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("projection", [False, True])
+def test_models_can_be_traced(released, projection):
+    model = TINY(projection=projection)
+    traced = torch.jit.trace(model, images(32)[:1])
+    torch.testing.assert_close(tuple(traced(images(32))), tuple(model(images(32))), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
 def test_weights_in_the_naming_of_others(released, tmp_path):
     own = build_backbone("vit_tiny", patch_size=8, img_size=32, depth=2, layerscale=0.0, qkv_bias=False)
     state = own.state_dict()
@@ -180,7 +189,7 @@ def test_refusals(released, tmp_path):
     assert "are for dinov2_eq_vitt8_reg, not for dinov2_eq_vitt8" in refusal(TINY, weights="plain")
     assert "not for dinov2_eq_vits8" in refusal(ENTRY_POINTS["dinov2_eq_vits8"], weights="split")
     assert "not for dinov2_eq_vitt16" in refusal(ENTRY_POINTS["dinov2_eq_vitt16"], weights="split")
-    assert "another architecture: loaded" in refusal(TINY, depth=2)
+    assert "another architecture: blocks 1 there, 2 here; loaded 21 of 35" in refusal(TINY, depth=2)
     assert "No entry point for vit_tiny with patches of 7" in refusal(
         entry_point_of, arch="vit_tiny", patch_size=7, num_register_tokens=0
     )

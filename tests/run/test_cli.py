@@ -18,6 +18,15 @@ def test_every_command_has_help(command, capsys):
     assert stop.value.code == 0 and f"dinov2-eq {command}" in capsys.readouterr().out
 
 
+def test_ctrl_c_is_a_line(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dinov2_eq.tools.doctor.main", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "dinov2-eq: interrupted\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

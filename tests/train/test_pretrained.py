@@ -196,7 +196,7 @@ def test_knn_is_measured_before_the_first_step_and_a_fall_is_told(tmp_path):
     [
         ("missing.pth", "missing.pth"),
         ("empty", "holds no training checkpoint; give a run folder"),
-        ("wide.pth", "belong to another architecture"),
+        ("wide.pth", "pretrained_weights do not fit: .* channels 384 there, 192 here; .* Set student.arch"),
         ("half.pth", r"loaded \d+ of 21 tensors"),
         ("cut.pth", "cut.pth"),
     ],
@@ -212,3 +212,9 @@ def test_what_does_not_fit_is_refused_and_an_earlier_run_stays(tmp_path, source,
     with pytest.raises((ValueError, OSError), match=message):
         do_train(tiny_config(f"student.pretrained_weights={tmp_path / source}"), tmp_path / "run", resume=False)
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+
+
+def test_where_a_run_came_from_does_not_change(tmp_path):
+    do_train(tiny_config("optim.steps=2"), tmp_path)
+    with pytest.raises(ValueError, match=r"student\.pretrained_weights was '', now 'other\.pth'"):
+        do_train(tiny_config("optim.steps=4", "student.pretrained_weights=other.pth"), tmp_path)
