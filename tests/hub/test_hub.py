@@ -103,7 +103,7 @@ def test_another_image_size_keeps_the_features_at_that_size(released):
     torch.testing.assert_close(TINY(img_size=48)(images(48)), TINY()(images(48)), atol=1e-4, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("projection", [False, True])
 def test_models_can_be_traced(released, projection):
     model = TINY(projection=projection)
