@@ -201,14 +201,13 @@ def carry_out(task: Task, submit: Sequence[str] | None, resubmit: bool) -> Entry
         note = f"{lines[-1] if lines else f'exit code {code}'} (see {log})"
         logger.error("%s of %s failed: %s", task.evaluation, task.encoder, note)
         return Entry(task.encoder, task.evaluation, "failed", {}, note)
-    numbers = read_numbers(task.folder)
-    if not numbers and submit is None:
-        return Entry(task.encoder, task.evaluation, "failed", {}, f"it left no results (see {log})")
     for path, written_ns in stale.items():
         if path.exists() and path.stat().st_mtime_ns == written_ns:
             path.unlink()
-    replace_text(made_by, json.dumps(made_from | {"submitted": submit is not None}))
     numbers = read_numbers(task.folder)
+    if not numbers and submit is None:
+        return Entry(task.encoder, task.evaluation, "failed", {}, f"it left no results (see {log})")
+    replace_text(made_by, json.dumps(made_from | {"submitted": submit is not None}))
     return Entry(task.encoder, task.evaluation, "done" if numbers else "submitted", numbers)
 
 

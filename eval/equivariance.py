@@ -46,6 +46,7 @@ from dinov2_eq.evaluation.report_card import (
 from dinov2_eq.evaluation.results import publish, results_folder
 from dinov2_eq.evaluation.side_by_side import name_encoders, with_untrained
 from dinov2_eq.evaluation.transformed_pairs import Setting, draw_theta, extract_pairs, settings_of
+from dinov2_eq.files import replace_text
 from dinov2_eq.probes.features import MODES
 from dinov2_eq.probes.transform_regression import BATCH_SIZE, HEADS, LEARNING_RATE, scale_targets
 from dinov2_eq.report import MAX_ENCODERS, render_card
@@ -216,7 +217,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     results = {"protocol": protocol, **measured}
     publish(folder / FILE_NAME, results, results_table(chosen, summary))
     if args.card and is_main_process():
-        (folder / PAGE_NAME).write_text(render_card(results), encoding="utf-8")
+        replace_text(folder / PAGE_NAME, render_card(results))
         print(folder / PAGE_NAME)
 
 

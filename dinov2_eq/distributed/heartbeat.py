@@ -34,13 +34,20 @@ class Heartbeat:
     A context manager around the run. When another process is lost, the log says which and this process ends with code
     5: from a thread, as the main thread may be waiting in a collective that will never finish. When the code inside
     the context raises on one process alone, the others are told why and end too.
+
+    Args:
+        silence_limit_s: for how long a process may not count up, and the host of the store not answer.
+        store_host: what the log calls that host; None: the main process.
     """
 
-    def __init__(self, rank: int, world_size: int, store: dist.Store, silence_limit_s: float) -> None:
+    def __init__(
+        self, rank: int, world_size: int, store: dist.Store, silence_limit_s: float, store_host: str | None = None
+    ) -> None:
         self.rank = rank
         self.others = [other for other in range(world_size) if other != rank]
         self.watched = self.others if rank == 0 else [0]
         self.silence_limit_s = silence_limit_s
+        self.store_host = store_host
         # A connection of its own: one shared with the process group is blocked while a collective is set up.
         self._store = dist.PrefixStore("heartbeat", store.clone())
         self._store.set_timeout(timedelta(seconds=silence_limit_s))
@@ -57,8 +64,7 @@ class Heartbeat:
         self._beat()
         dist.barrier()
         self._names = {rank: self._store.get(f"name/{rank}").decode() for rank in self.watched}
-        by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        host = "torchrun on the main host" if by_torchrun else self._names.get(0, self._name)
+        host = self.store_host or self._names.get(0, self._name)
         self._unreachable = Loss(0, f"{host} hosts the connection of all, and no longer answers")
         if self.others:
             self._thread.start()

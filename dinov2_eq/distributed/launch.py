@@ -126,7 +126,9 @@ def process_group(launch: Launch, device: torch.device, silence_limit_s: float) 
         timeout=timeout,
         device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
     )
-    with Heartbeat(rank, world_size, store, silence_limit_s):
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store_host = "torchrun on the main host" if by_torchrun else None
+    with Heartbeat(rank, world_size, store, silence_limit_s, store_host):
         yield
         dist.barrier()
     dist.destroy_process_group()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinov2_eq.evaluation.results import write_results
+from dinov2_eq.files import replace_text
 
 
 class Entry(NamedTuple):
@@ -77,7 +78,7 @@ def write_summary(folder: Path, entries: Sequence[Entry]) -> Summary:
     write_results(folder / "summary.json", {"entries": [entry._asdict() for entry in entries]})
     with (folder / "summary.csv").open("w", newline="") as file:
         csv.writer(file).writerows([summary.header, *summary.rows])
-    (folder / "summary.md").write_text(summary.markdown())
+    replace_text(folder / "summary.md", summary.markdown())
     return summary
 
 

@@ -26,8 +26,11 @@ evaluations:
 
 def run(tmp_path, text: str, *flags: str) -> int:
     (tmp_path / "list.yaml").write_text(text)
-    files = ["--config-file", str(tmp_path / "list.yaml"), "--output-dir", str(tmp_path / "out")]
-    return in_this_process(["eval", "all", *files, *flags])
+    return in_this_process([*words(tmp_path), *flags])
+
+
+def words(tmp_path) -> list[str]:
+    return ["eval", "all", "--config-file", str(tmp_path / "list.yaml"), "--output-dir", str(tmp_path / "out")]
 
 
 def times_of_results(tmp_path) -> dict[str, int]:
@@ -99,7 +102,7 @@ def test_files_that_flags_name(tmp_path, monkeypatch):
 
 
 def test_what_is_submitted_is_waited_for(tmp_path, monkeypatch, capsys):
-    calls = stand_in_for_programs(monkeypatch, lambda words: 0)
+    calls = stand_in_for_programs(monkeypatch, lambda given: 0)
     text = "encoders: {one: random:vit_tiny/16@32}\nevaluations: {knn: {}}"
     for flags in (["--submit", "--partition gpu"], ["--submit", "--partition gpu"], []):
         assert run(tmp_path, text, *flags) == 0 and len(calls) == 1
@@ -116,8 +119,8 @@ def test_what_is_submitted_is_waited_for(tmp_path, monkeypatch, capsys):
 SET_BY_THE_LIST = ("encoder: c", "enc: c", "output-dir: c", "dry-run: true")
 
 
-def leave_results(words: list[str]) -> int:
-    folder = Path(words[words.index("--output-dir") + 1])
+def leave_results(given: list[str]) -> int:
+    folder = Path(given[given.index("--output-dir") + 1])
     (folder / "results_eval_knn.json").write_text(json.dumps({"results": {"full": {"5": {"top1": 50.0}}}}))
     return 0
 
@@ -150,8 +153,7 @@ def test_a_list_with_a_mistake(tmp_path, monkeypatch, capsys, text, message):
 
 def test_a_file_that_is_no_text(tmp_path, capsys):
     (tmp_path / "list.yaml").write_bytes(b"\xff\xfe\x00")
-    arguments = ["--config-file", str(tmp_path / "list.yaml"), "--output-dir", str(tmp_path / "out")]
-    assert in_this_process(["eval", "all", *arguments]) == 2
+    assert in_this_process(words(tmp_path)) == 2
     assert f"{tmp_path}/list.yaml is not valid YAML" in capsys.readouterr().err
 
 
@@ -171,13 +173,13 @@ def test_a_damaged_record_means_once_more(tmp_path, monkeypatch):
 
 
 def test_an_evaluation_that_leaves_nothing_failed(tmp_path, monkeypatch, capsys):
-    stand_in_for_programs(monkeypatch, lambda words: 0)
+    stand_in_for_programs(monkeypatch, lambda given: 0)
     assert run(tmp_path, "encoders: {a: b}\nevaluations: {knn: {}}") == 2
     assert "a, knn: failed; it left no results" in capsys.readouterr().out
 
 
 def test_words_of_submit_are_those_of_a_shell(tmp_path, monkeypatch, capsys):
-    calls = stand_in_for_programs(monkeypatch, lambda words: 0)
+    calls = stand_in_for_programs(monkeypatch, lambda given: 0)
     text = "encoders: {a: b}\nevaluations: {knn: {}}"
     assert run(tmp_path, text, "--submit", "--partition 'gpu") == 2
     assert "cannot be read: No closing quotation" in capsys.readouterr().err
@@ -187,10 +189,8 @@ def test_words_of_submit_are_those_of_a_shell(tmp_path, monkeypatch, capsys):
 
 def test_sigterm_ends_the_evaluation_under_way(tmp_path, capsys):
     """A real program, which would go on for long."""
-    text = LIST.replace("num=30", "num=100000")
-    (tmp_path / "list.yaml").write_text(text)
-    files = ["--config-file", str(tmp_path / "list.yaml"), "--output-dir", str(tmp_path / "out")]
-    command = [sys.executable, "-m", "dinov2_eq.run.cli", "eval", "all", *files]
+    (tmp_path / "list.yaml").write_text(LIST.replace("num=30", "num=100000"))
+    command = [sys.executable, "-m", "dinov2_eq.run.cli", *words(tmp_path)]
     log = tmp_path / "out/one/knn/log.txt"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         deadline = time.monotonic() + 120
