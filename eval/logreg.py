@@ -89,16 +89,16 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     extractor = FeatureExtractor(encoder, device, **extraction_settings(args), make_loader=make_whole_image_loader)
 
     def features_of(images: LabelledImages) -> Tensor:
-        return extractor.pooled(images).to(home, DTYPES[args.train_dtype])
+        return extractor.pooled(images).to(home)
 
     train_features, selection_features = features_of(train), features_of(selection)
     val_features = selection_features if selection is val else features_of(val)
 
     def fit(features: Tensor, labels: Tensor, strength: float) -> LogisticFit:
-        return fit_logistic(features, labels, num_classes, strength, args.max_train_iters)
+        return fit_logistic(features, labels, num_classes, strength, args.max_train_iters, DTYPES[args.train_dtype])
 
     def score(found: LogisticFit, features: Tensor, images: LabelledImages) -> ClassHits:
-        return count_hits(found.weight[None], found.bias[None], features, images.labels)
+        return count_hits(found.weight[None], found.bias[None], found.centred(features), images.labels)
 
     own = []
     for strength in C_GRID[get_rank() :: get_world_size()]:
@@ -114,7 +114,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     # Once, and not in all processes at the same time.
     found = from_main_process(lambda: fit(train_features, train.labels, best))
     accuracies = {args.val_dataset: score(found, val_features, val).summary(0, args.metric_type)}
-    notices = convergence(grid, found, best)
+    notices = convergence(grid, found, best) + end_of_the_grid(best)
 
     selection_words = {
         "val": f"by the images of {args.val_dataset} themselves: their accuracy is optimistic",
@@ -130,7 +130,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         "final_fit": "training images" if args.finetune_on_val else "training images and those that chose C",
         "feature": "class token of the last block after the final norm",
         "images": WHOLE,
-        "regression": "softmax, L2 penalty |weight|^2 / (2 C) on the sum of cross-entropies, free bias, L-BFGS from 0",
+        "regression": "softmax, L2 penalty |weight|^2 / (2 C) on the sum of cross-entropies, free bias, L-BFGS",
         "notices": notices,
     }
     results = {
@@ -153,6 +153,15 @@ def convergence(grid: list[dict[str, Any]], final: LogisticFit, best: float) -> 
     for notice in notices:
         logger.warning(notice)
     return notices
+
+
+def end_of_the_grid(best: float) -> list[str]:
+    """A notice where the weakest penalty was the best, as it is for features that hardly vary."""
+    if best < max(C_GRID):
+        return []
+    notice = f"C = {best:.3g} is the largest that was tried; with a weaker penalty the accuracy may be higher"
+    logger.warning(notice)
+    return [notice]
 
 
 if __name__ == "__main__":

@@ -75,22 +75,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         similarity = compare(path, Path(trial, release.file), release.entry_point)
     if not similarity >= MIN_COSINE:
         raise ValueError(
-            f"Nothing was released: in half precision, class tokens have a cosine of {similarity:.4f} only to those of "
-            f"{path}, and should have {MIN_COSINE}"
+            f"Nothing was released: in half precision, class tokens minus their mean have a cosine of {similarity:.4f} "
+            f"only to those of {path}, and should have {MIN_COSINE}"
         )
     release = write(args.output)
     file = args.output / release.file
     print(f"{file}: {release.size / 1e6:.2f} MB, {release.entry_point}, {', '.join(release.contains)}")
-    print(f"class tokens of noise, the run's and the release's: cosine at least {similarity:.6f}")
+    print(f"class tokens of noise minus their mean, the run's and the release's: cosine at least {similarity:.6f}")
 
 
 @torch.inference_mode()
 def compare(checkpoint: Path, file: Path, entry_point: str) -> float:
-    """The smallest cosine between class tokens of the checkpoint and of the released file."""
+    """The smallest cosine between class tokens of the checkpoint and of the released file, each minus their mean.
+
+    What all images share says nothing: it alone gives a cosine near 1 where the tokens are nearly alike.
+    """
     encoder = load_encoder(checkpoint)
     images = torch.randn(8, 3, encoder.image_size, encoder.image_size, generator=torch.Generator().manual_seed(0))
     released = ENTRY_POINTS[entry_point](weights=file)
-    return torch.cosine_similarity(encoder.backbone(images), released(images)).min().item()
+    ours, theirs = (model(images).double() for model in (encoder.backbone, released))
+    return torch.cosine_similarity(ours - ours.mean(dim=0), theirs - theirs.mean(dim=0)).min().item()
 
 
 if __name__ == "__main__":

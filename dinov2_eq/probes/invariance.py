@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_eq.distributed import all_reduce_sum
+from dinov2_eq.probes.cosine import MAX_DISTANCES, cosine_distances, directions, mean_direction
 from dinov2_eq.probes.features import own_share
 
-MAX_SIMILARITIES = 2**25  # in memory at a time
-ROUNDING = 1e-12  # similarities that differ by less are equal
+ROUNDING = 1e-13  # relative; distances that differ by less are equal
 
 
 def mean_cosine(first: Tensor, second: Tensor) -> float:
@@ -39,16 +39,18 @@ def recall_at_1(queries: Tensor, gallery: Tensor) -> float:
     Args:
         queries, gallery: [N, D], on one device.
     """
-    # Float64: features of different images may be so alike that their cosines are equal in float32.
-    rows = F.normalize(gallery.double(), dim=1)
+    centre = mean_direction(gallery)
+    rows = directions(gallery, centre)
     own = own_share(len(queries))
     found = torch.zeros(1, dtype=torch.float64)
     answers = torch.arange(len(gallery), device=gallery.device)[own]
-    size = max(1, MAX_SIMILARITIES // len(gallery))
+    size = max(1, MAX_DISTANCES // len(gallery))
     for chunk, answer in zip(queries[own].split(size), answers.split(size), strict=True):
-        similarities = F.normalize(chunk.double(), dim=1) @ rows.T  # [n, N]
-        wanted = similarities.gather(1, answer[:, None])
-        nearer = (similarities > wanted + ROUNDING).sum(dim=1)
-        as_near = (similarities >= wanted - ROUNDING).sum(dim=1) - nearer  # at least 1, the own row
+        asked = directions(chunk, centre)
+        distances = cosine_distances(asked, rows)  # [n, N]
+        wanted = distances.gather(1, answer[:, None])
+        tolerance = ROUNDING * (asked.square().sum(dim=1)[:, None] + rows.square().sum(dim=1))
+        nearer = (distances < wanted - tolerance).sum(dim=1)
+        as_near = (distances <= wanted + tolerance).sum(dim=1) - nearer  # at least 1, the own row
         found += ((nearer == 0) / as_near).double().sum().cpu()
     return all_reduce_sum(found).item() / len(queries)

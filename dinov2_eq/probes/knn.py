@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_eq.distributed import all_reduce_sum
+from dinov2_eq.probes.cosine import nearest_neighbours
 from dinov2_eq.probes.features import own_share
 
-MAX_SIMILARITIES = 2**25  # in memory at a time
+MAX_VOTES = 2**25  # in memory at a time, for each k: 256 MiB
 
 
 def knn_predict(
@@ -21,6 +21,8 @@ def knn_predict(
 
         score(class) = sum of w_j over the k nearest images j with that label
 
+    Distances, weights and scores are float64 and exact for features that are nearly alike; see `probes.cosine`.
+
     Args:
         train_features: [N, D]; everything is computed on their device.
         train_labels: [N] int64, 0 .. num_classes - 1.
@@ -28,7 +30,7 @@ def knn_predict(
         ks: numbers of neighbours, each in 1 .. N.
 
     Yields:
-        scores by k, each [m, num_classes]; the chunks of m images follow the order of `val_features`.
+        scores by k, each [m, num_classes] float64; the chunks of m images follow the order of `val_features`.
 
     Raises:
         ValueError: a k that is not in 1 .. N.
@@ -40,17 +42,14 @@ def knn_predict(
             f"k-NN with k = {', '.join(map(str, wrong)) or 'nothing'} cannot vote among {num_train} training images; "
             f"k must be in 1 .. {num_train}. Choose a smaller k, or more training images."
         )
-    device = train_features.device
-    train = F.normalize(train_features, dim=1).T  # [D, N]
-    labels = train_labels.to(device)
+    labels = train_labels.to(train_features.device)
     num_classes = int(labels.max()) + 1
-    for chunk in val_features.split(max(1, MAX_SIMILARITIES // num_train)):
-        similarities = F.normalize(chunk.to(device), dim=1) @ train  # [m, N]
-        nearest, indices = similarities.topk(max(ks), dim=1)  # [m, max_k], nearest first
-        weights = (nearest / temperature).softmax(dim=1)
-        votes = labels[indices]
-        empty = weights.new_zeros(len(chunk), num_classes)
-        yield {k: empty.scatter_add(1, votes[:, :k], weights[:, :k]) for k in ks}
+    distances, indices = nearest_neighbours(val_features, train_features, max(ks))  # [M, max_k]
+    weights = (-distances / temperature).softmax(dim=1)  # as of s_j, which are 1 - distance
+    chunk = max(1, MAX_VOTES // num_classes)
+    for votes, some_weights in zip(labels[indices].split(chunk), weights.split(chunk), strict=True):
+        empty = weights.new_zeros(len(votes), num_classes)
+        yield {k: empty.scatter_add(1, votes[:, :k], some_weights[:, :k]) for k in ks}
 
 
 def knn_accuracy(

@@ -64,8 +64,8 @@ def regress_transform(
 ) -> Tensor:
     """Trains a head on pairs and returns its predictions for the held-out pairs, after the last epoch.
 
-    The inputs are z-scored with the training statistics; Adam at a constant rate minimises the mean squared error.
-    Everything random comes from `seed`.
+    The inputs are z-scored with the training statistics, in float64, however little they vary; Adam at a constant rate
+    minimises the mean squared error. Everything random comes from `seed`.
 
     Args:
         train_pairs: [N, 2D] features of I and of g(I), concatenated; computed on their device.
@@ -77,10 +77,8 @@ def regress_transform(
         [M, P] on the device of the pairs.
     """
     generator = torch.Generator().manual_seed(seed)
-    device, targets = train_pairs.device, train_targets.to(train_pairs)
-    std, mean = torch.std_mean(train_pairs, dim=0)
-    std = torch.where(std > 1e-6, std, 1.0)
-    inputs = (train_pairs - mean) / std
+    device, targets = train_pairs.device, train_targets.float().to(train_pairs.device)
+    inputs, val_inputs = (rows.float() for rows in z_scored(train_pairs, val_pairs))
     network = build_head(head, inputs.shape[1], hidden_dim, targets.shape[1], generator).to(device)
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
     for _ in range(epochs):
@@ -90,7 +88,18 @@ def regress_transform(
             loss.backward()
             optimizer.step()
     with torch.no_grad():
-        return network((val_pairs - mean) / std)
+        return network(val_inputs)
+
+
+def z_scored(train: Tensor, *others: Tensor) -> list[Tensor]:
+    """`train` [N, D] and others [M, D] in float64, each column with mean 0 and standard deviation 1 over `train`.
+
+    Float64, because columns that hardly vary would lose what they tell. A column that is the same in all rows of
+    `train` is only shifted.
+    """
+    std, mean = torch.std_mean(train.double(), dim=0)
+    std = torch.where(train.amax(dim=0) > train.amin(dim=0), std, 1.0)
+    return [(rows.double() - mean) / std for rows in (train, *others)]
 
 
 def build_head(head: str, in_dim: int, hidden_dim: int, out_dim: int, generator: torch.Generator) -> nn.Sequential:

@@ -30,12 +30,13 @@ def turned_maps(images: np.ndarray, patch_features: PatchFeatures) -> list[Turne
     grey = np.uint8(images.reshape(-1, 3).mean(axis=0))
     turned = np.stack([[_turn(image, angle) for angle in ANGLES_DEG] for image in images])  # [R, A, H, W, 3]
     turned = np.where(disc[..., None], turned, grey)
-    tokens = patch_features(turned.reshape(-1, *images.shape[1:]))  # [R * A, h, w, D]
+    # Float64: tokens of an untrained backbone may differ in their last float32 digits only.
+    tokens = patch_features(turned.reshape(-1, *images.shape[1:])).astype(np.float64)  # [R * A, h, w, D]
     inside = _disc(*tokens.shape[1:3])  # [h, w]
     pca = PCA(n_components=3, svd_solver="full").fit(tokens[:, inside].reshape(-1, tokens.shape[-1]))
     components = pca.transform(tokens.reshape(-1, tokens.shape[-1])).reshape(*tokens.shape[:3], 3)
     low, high = np.percentile(components[:, inside].reshape(-1, 3), [2, 98], axis=0)
-    colors = np.uint8(255 * np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1))
+    colors = np.uint8(255 * np.clip((components - low) / np.where(high > low, high - low, 1), 0, 1))
     colors = colors.reshape(*turned.shape[:2], *colors.shape[1:])  # [R, A, h, w, 3]
     return [TurnedMaps(*pair) for pair in zip(_with_alpha(turned, disc), _with_alpha(colors, inside), strict=True)]
 

@@ -4,12 +4,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics.pairwise import cosine_distances
+from sklearn.neighbors import KNeighborsClassifier
 
 from dinov2_eq.config.load import load_config, to_dict
 from dinov2_eq.data.datasets import DataError
 from dinov2_eq.eval import knn
+from dinov2_eq.evaluation.encoder import load_encoder
+from dinov2_eq.evaluation.features import FeatureExtractor
+from dinov2_eq.evaluation.labelled import read_labelled
 from dinov2_eq.models import build_backbone
 from tests.processes import run_ranks
 
@@ -49,6 +55,30 @@ def test_results_file_and_table(run_folder, capsys):
 
 def test_training_images_find_themselves(run_folder):
     assert run(run_folder, "--nb_knn", "1", val=TRAIN)["results"]["full"]["1"]["top1"] == 100
+
+
+def test_an_untrained_encoder_whose_features_are_nearly_alike(tmp_path):
+    """LayerScale 1e-5: cosines of different images differ by 1e-8 at most. The oracle computes them in float64."""
+    source = "random:vit_tiny/8@32"
+    flags = ["--encoder", source, "--num-workers", "0", "--device", "cpu", "--output-dir", str(tmp_path)]
+
+    def top1(*more):
+        knn.main([*flags, "--train-dataset", TRAIN, *more])
+        return json.loads((tmp_path / "results_eval_knn.json").read_text())["results"]["full"]
+
+    encoder = load_encoder(source)
+    parts = []
+    for images in read_labelled(TRAIN, [VAL], "test"):
+        extractor = FeatureExtractor(encoder, torch.device("cpu"), batch_size=256, num_workers=0)
+        parts += [extractor.pooled(images).double().numpy(), images.labels.numpy()]
+    train, train_labels, val, val_labels = parts
+    assert cosine_distances(train).max() < 1e-6
+    found = top1("--val-dataset", VAL, "--nb_knn", "1", "7")
+    for k in (1, 7):
+        oracle = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+        expected = 100 * oracle.fit(train, train_labels).score(val, val_labels)
+        assert found[str(k)]["top1"] == pytest.approx(expected)
+    assert top1("--val-dataset", TRAIN, "--nb_knn", "1")["1"]["top1"] == 100
 
 
 def test_images_per_class_and_tries(run_folder):

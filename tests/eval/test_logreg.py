@@ -53,6 +53,12 @@ def test_the_final_fit_is_scikit_learns(tmp_path):
     assert results["results"]["accuracy"][SHAPES["val"]]["mean_accuracy"]["top1"] == pytest.approx(expected, abs=2.6)
 
 
+def test_the_end_of_the_grid_is_told():
+    assert logreg.end_of_the_grid(1.0) == []
+    (notice,) = logreg.end_of_the_grid(max(logreg.C_GRID))
+    assert "C = 1e+05 is the largest that was tried" in notice
+
+
 def test_other_images_choose(colours, tmp_path, capsys):
     results = run(tmp_path, colours, "--finetune-dataset-str", colours["val"])
     assert results["protocol"]["num_train_images"] == 48 + 22 and results["protocol"]["num_selection_images"] == 22

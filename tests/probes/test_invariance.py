@@ -41,13 +41,16 @@ def test_recall_shares_what_is_equally_near():
     assert recall_at_1(gallery, gallery) == pytest.approx((0.5 + 0.5 + 1) / 3)
 
 
-def test_recall_sees_differences_that_float32_cosines_do_not():
-    gallery = 1 + 1e-5 * torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("spread", [1e-5, 1e-7, 1e-9])
+def test_recall_sees_differences_that_cosines_do_not(spread):
+    noise = torch.randn(64, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gallery = 1 + spread * noise
     assert recall_at_1(gallery, gallery) == 1.0
+    assert recall_at_1(gallery + 0.1 * spread * noise.roll(1, dims=0), gallery) == 1.0
 
 
 def test_chunks_change_nothing(monkeypatch):
     queries, gallery = torch.randn(2, 23, 6, generator=torch.Generator().manual_seed(0))
     whole = recall_at_1(queries, gallery)
-    monkeypatch.setattr("dinov2_eq.probes.invariance.MAX_SIMILARITIES", 4 * 23)
+    monkeypatch.setattr("dinov2_eq.probes.invariance.MAX_DISTANCES", 4 * 23)
     assert recall_at_1(queries, gallery) == whole

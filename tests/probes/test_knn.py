@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
 from dinov2_eq.distributed.launch import find_launch, process_group
-from dinov2_eq.probes import knn
+from dinov2_eq.probes import cosine, knn
 from dinov2_eq.probes.knn import knn_accuracy, knn_predict
 from tests.processes import run_ranks
 
@@ -39,7 +39,7 @@ def test_scores_equal_the_slow_loop(data):
             expected = [0.0] * 7
             for j, weight in zip(nearest[:k], weights[:k], strict=True):
                 expected[train_labels[j]] += weight / sum(weights)
-            torch.testing.assert_close(scores[k][i], torch.tensor(expected), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(scores[k][i], torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 20, 120])
@@ -60,6 +60,29 @@ def test_top5_and_its_absence_with_few_classes(data):
     assert set(knn_accuracy(train, train_labels % 4, val, val_labels % 4, [50])[50]) == {"top1"}
 
 
+def nearly_alike(spread):
+    """The clusters as float32 features that agree in all but the last digits."""
+    train, train_labels, val, val_labels = make_clusters()
+    base = 1 + torch.rand(12, generator=torch.Generator().manual_seed(1))
+    return (base + spread * train).float(), train_labels, (base + spread * val).float(), val_labels
+
+
+@pytest.mark.parametrize("spread", [1e-4, 1e-6])
+@pytest.mark.parametrize("k", [1, 20])
+def test_features_that_are_nearly_alike(spread, k):
+    """Cosines then differ by 1e-9 and 1e-13; float32 tells 6e-8 apart. The oracle computes in float64."""
+    train, train_labels, val, val_labels = nearly_alike(spread)
+    assert F.cosine_similarity(train[:1], train).min() > 1 - 1e-6
+    oracle = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    oracle.fit(train.double().numpy(), train_labels.numpy())
+    expected = 100 * oracle.score(val.double().numpy(), val_labels.numpy())
+    found = knn_accuracy(train, train_labels, val, val_labels, [k])[k]["top1"]
+    assert found == pytest.approx(expected, abs=1e-9 if spread > 1e-5 else 100 / 60)
+    assert found > 40  # as the clusters themselves; chance is 14
+    itself = knn_accuracy(train, train_labels, train, train_labels, [1])
+    assert itself[1]["top1"] == 100
+
+
 def test_a_class_nobody_voted_for_is_no_answer():
     accuracy = knn_accuracy(torch.eye(6), torch.arange(6), torch.eye(6), torch.zeros(6, dtype=torch.long), [1])
     assert accuracy[1]["top1"] == accuracy[1]["top5"] == pytest.approx(100 / 6)
@@ -67,7 +90,9 @@ def test_a_class_nobody_voted_for_is_no_answer():
 
 def test_chunks_change_nothing(data, monkeypatch):
     whole = knn_accuracy(*data, [5, 20])
-    monkeypatch.setattr(knn, "MAX_SIMILARITIES", 7 * 120)
+    monkeypatch.setattr(knn, "MAX_VOTES", 7 * 13)
+    monkeypatch.setattr(cosine, "MAX_ROWS", 50)
+    monkeypatch.setattr(cosine, "MAX_DISTANCES", 50 * 7)
     assert knn_accuracy(*data, [5, 20]) == whole
 
 

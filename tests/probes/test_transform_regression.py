@@ -1,8 +1,15 @@
 import pytest
 import torch
 from sklearn.metrics import r2_score
+from sklearn.preprocessing import StandardScaler
 
-from dinov2_eq.probes.transform_regression import build_head, r2_scores, regress_transform, scale_targets
+from dinov2_eq.probes.transform_regression import (
+    build_head,
+    r2_scores,
+    regress_transform,
+    scale_targets,
+    z_scored,
+)
 
 
 def uniform(*shape, seed=0):
@@ -72,6 +79,29 @@ def test_determined_by_the_seed_and_leaves_the_global_generator_alone():
 def test_constant_feature_dimensions_do_no_harm():
     theta, pairs = uniform(300, 1), torch.ones(300, 6)
     assert regress_transform(pairs, theta, pairs, seed=0, hidden_dim=16, epochs=1).isfinite().all()
+
+
+def test_features_are_scaled_as_scikit_learn_does():
+    train, val = uniform(200, 5).double() + 3, uniform(50, 5, seed=1).double()
+    train[:, 2] = val[:, 2] = 0.1
+    oracle = StandardScaler().fit(train.numpy())
+    expected = oracle.transform(train.numpy()), oracle.transform(val.numpy())
+    correction = (199 / 200) ** 0.5  # torch divides by n - 1
+    for found, wanted in zip(z_scored(train, val), expected, strict=True):
+        torch.testing.assert_close(found, correction * torch.from_numpy(wanted), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("spread", [1e-4, 1e-7, 1e-8])
+def test_features_that_are_nearly_alike(spread):
+    """What the features tell does not depend on how much they vary; with a spread below 1e-6 it was lost."""
+    theta = uniform(1200, 2).double()
+    told = torch.cat([uniform(1200, 4, seed=1).double(), theta], dim=1)
+    predicted, expected = (
+        regress_transform(pairs[:1000], theta[:1000], pairs[1000:], seed=0, hidden_dim=64, epochs=60)
+        for pairs in (1 + spread * told, told)
+    )
+    assert r2_scores(expected, theta[1000:]).mean > 0.9
+    torch.testing.assert_close(predicted, expected, rtol=0, atol=1e-3)
 
 
 def test_heads():

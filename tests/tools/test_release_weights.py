@@ -50,7 +50,7 @@ def test_file_and_manifest(tmp_path, capsys):
     config = json.loads(read_metadata(file)["config"])
     assert config["train"]["dataset_path"] == "Shapes:split=TRAIN:num=24:size=32" and config["student"]["depth"] == 1
     printed = capsys.readouterr().out
-    assert float(printed.split()[-1]) > 0.9999 and "dinov2_eq_vitt8, backbone, projection" in printed
+    assert float(printed.split()[-1]) > 0.999 and "dinov2_eq_vitt8, backbone, projection" in printed
 
     main([str(tmp_path / "run"), "other", *ABOUT, "--output", str(output)])
     main([str(tmp_path / "run"), "mine", *ABOUT, "--output", str(output), "--default"])  # once more
