@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from dinov2_eq.distributed.signals import stops_raise
 from dinov2_eq.evaluation.command_line import encoder_of
 from dinov2_eq.evaluation.encoder import find_checkpoint
 from dinov2_eq.evaluation.summary import Entry, read_numbers, write_summary
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         ValueError: a list that cannot be read, with an unknown program or flag, or without encoders; nothing was run.
-        InterruptedError: SIGTERM.
+        Stopped: SIGTERM or SIGHUP.
     """
     args = build_parser().parse_args(argv)
     submit = None if args.submit is None else split_words(args.submit)
@@ -73,24 +73,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable(args.output_dir)
     setup_logging()
     entries = []
-    previous = signal.signal(signal.SIGTERM, raise_interrupted)
-    try:
+    with stops_raise("the same command goes on with the evaluations that are not done"):
         for number, task in enumerate(tasks, start=1):
             logger.info("%d of %d: %s of %s", number, len(tasks), task.evaluation, task.encoder)
-            entries.append(carry_out(task, submit, args.resubmit))
+            entries.append(carry_out(task, submit, args.resubmit))  # a stop leaves through `subprocess.run`, ending it
             summary = write_summary(args.output_dir, entries)
             replace_text(args.output_dir / PAGE_NAME, render_evaluations(*summary))
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     print(summary.markdown())
     print(args.output_dir / PAGE_NAME)
     if any(entry.state == "failed" for entry in entries):
         sys.exit(2)
-
-
-def raise_interrupted(*_: object) -> None:
-    """Leaves through `subprocess.run`, which ends the evaluation under way."""
-    raise InterruptedError("stopped by SIGTERM; the same command goes on with the evaluations that are not done")
 
 
 def split_words(text: str) -> list[str]:

@@ -81,6 +81,7 @@ def _run(variables: dict[str, str], queue: Queue, function: Callable, args: tupl
     import torch
 
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for data loading, as in a process that a user starts
     os.environ.update(variables)
     rank = int(variables["RANK"])
     try:

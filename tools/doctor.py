@@ -29,6 +29,7 @@ from dinov2_eq.config.schema import Config
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.distributed import gather_objects, get_rank, get_world_size, pick_device
 from dinov2_eq.distributed.launch import Launch, find_launch, process_group
+from dinov2_eq.distributed.signals import stops_raise
 from dinov2_eq.files import check_writable
 from dinov2_eq.fsdp import why_compile_fails
 from dinov2_eq.layers.attention import choose_backend
@@ -102,10 +103,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config and launch.rank == 0:
         checks |= {"disk": check_disk, "memory": check_memory}
     try:
-        with process_group(launch, device, SILENCE_LIMIT_S):
+        with stops_raise("the same command looks again"), process_group(launch, device, SILENCE_LIMIT_S):
             for name, check in checks.items():
                 lines += examine(name, check, plan)
             lines = merge(gather_objects(lines), gather_objects(socket.gethostname()))
+    except InterruptedError:
+        raise
     except Exception as error:
         text = f"process {launch.rank} on {socket.gethostname()} lost the others: {first_line(error)}; see the network"
         lines.append(Line("fix", "processes", text))

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 
 from dinov2_eq.distributed import (
+    PATIENCE_S,
     from_main_process,
     gather_objects,
     get_rank,
@@ -27,6 +28,7 @@ from dinov2_eq.distributed import (
     is_distributed,
     is_main_process,
 )
+from dinov2_eq.distributed.waiting import waiting_for
 from dinov2_eq.files import TEMPORARY, file_sha256
 
 logger = logging.getLogger(__name__)
@@ -115,7 +117,10 @@ class Checkpointer:
     def _outcome(self) -> str | None:
         """Waits for the save under way; what went wrong with it."""
         under_way, self._under_way = self._under_way, None
-        return None if under_way is None else under_way.result()
+        if under_way is None:
+            return None
+        with waiting_for(f"a checkpoint to be written to {self.folder}"):
+            return under_way.result()
 
     def _log_failure(self, failure: str | None) -> None:
         if failure is not None and is_main_process():
@@ -212,7 +217,8 @@ class Checkpointer:
                 + "). Use the config that the run began with, another --output-dir, or --no-resume"
             )
         try:
-            dcp.load(state, checkpoint_id=folder, no_dist=not is_distributed())
+            with waiting_for(f"checkpoint {folder} to be read", patience_s=PATIENCE_S):
+                dcp.load(state, checkpoint_id=folder, no_dist=not is_distributed())
         except CheckpointException as error:
             reason = str(next(iter(error.failures.values()))[0])
             raise ValueError(
@@ -236,9 +242,10 @@ class Checkpointer:
         except (OSError, ValueError) as error:
             return f"{MANIFEST} cannot be read: {error}"
         share = sorted(manifest.items())[get_rank() :: get_world_size()]
-        found = gather_objects(
-            [damage for name, fingerprint in share if (damage := _compare(folder / name, fingerprint))]
-        )
+        with waiting_for(f"checkpoint {folder} to be compared with its manifest", patience_s=PATIENCE_S):
+            found = gather_objects(
+                [damage for name, fingerprint in share if (damage := _compare(folder / name, fingerprint))]
+            )
         return next((damage for damages in found for damage in damages), None)
 
 

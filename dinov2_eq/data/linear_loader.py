@@ -13,7 +13,7 @@ from dinov2_eq.data.datasets import DataError, ImageDataset, UnreadableImage
 from dinov2_eq.data.loaders import EvaluationSamples
 from dinov2_eq.data.samplers import StreamSampler
 from dinov2_eq.data.seeding import Stream, torch_generator
-from dinov2_eq.data.workers import init_worker
+from dinov2_eq.data.workers import Loader
 
 CROP_SCALE = (0.08, 1.0)  # share of the image's area
 FLIP_PROBABILITY = 0.5
@@ -73,14 +73,12 @@ def make_linear_loader(
         DataError: while iterating, when an image cannot be read.
     """
     chunk_ends = None if dataset.chunk_ends is None else np.searchsorted(indices, dataset.chunk_ends)
-    return DataLoader(
+    return Loader(
         RandomCrops(dataset, indices, labels, image_size, seed),
         batch_size=batch_size,
         sampler=StreamSampler(len(indices), seed, batch_size, rank, world_size, start_position, chunk_ends),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=init_worker,
-        generator=torch.Generator(),
     )
 
 
@@ -102,10 +100,8 @@ def make_whole_image_loader(
     dataset: ImageDataset, indices: Sequence[int], image_size: int, batch_size: int, num_workers: int = 0
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     """As `make_eval_loader`, with the short side resized to S: DINOv2's images for logistic regression."""
-    return DataLoader(
+    return Loader(
         Subset(WholeImages(dataset, image_size), [int(index) for index in indices]),
         batch_size=batch_size,
         num_workers=num_workers,
-        worker_init_fn=init_worker,
-        generator=torch.Generator(),
     )

@@ -16,7 +16,7 @@ from dinov2_eq.data.datasets import DataError, ImageDataset, UnreadableImage
 from dinov2_eq.data.masking import BlockMasking
 from dinov2_eq.data.samplers import StreamSampler
 from dinov2_eq.data.seeding import Stream, numpy_generator, torch_generator
-from dinov2_eq.data.workers import init_worker
+from dinov2_eq.data.workers import Loader
 from dinov2_eq.types import CollatedBatch, Sample
 
 SMALL_IMAGE_SIZE = 64  # up to here, evaluation shows the whole short side
@@ -72,15 +72,13 @@ def make_train_loader(
             f"world_size={world_size}."
         )
     sampler = StreamSampler(len(dataset), seed, batch_size, rank, world_size, start_position, dataset.chunk_ends)
-    return DataLoader(
+    return Loader(
         TrainingSamples(dataset, multi_crop, seed),
         batch_size=batch_size,
         sampler=sampler,
         collate_fn=Collate(masking, seed, global_batch_size),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=init_worker,
-        generator=torch.Generator(),  # or the loader would draw from torch's own, which models use
     )
 
 
@@ -129,13 +127,11 @@ def make_eval_loader(
     Raises:
         DataError: while iterating, when an image cannot be read.
     """
-    return DataLoader(
+    return Loader(
         Subset(EvaluationSamples(dataset, image_size), [int(index) for index in indices]),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_collate_evaluation,
-        worker_init_fn=init_worker,
-        generator=torch.Generator(),
     )
 
 

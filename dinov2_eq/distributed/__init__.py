@@ -2,11 +2,16 @@
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dinov2_eq.distributed.waiting import waiting_for
+
+PATIENCE_S = 5.0  # with a stop signal, while the main process looks at something for all
 
 Result = TypeVar("Result")
 
@@ -81,20 +86,25 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
-def from_main_process(function: Callable[[], Result]) -> Result:
+def from_main_process(function: Callable[[], Result], what: str = "") -> Result:
     """What `function` returns on the main process, or the exception that it raises there; the others do not call it.
 
     For what reads or changes files: one process looks, and all go on from the same answer.
+
+    Args:
+        what: what the others wait for, where that may take long and nothing is lost when a signal ends it; see
+            `waiting_for`.
     """
-    if not is_distributed():
-        return function()
-    outcome: list[Any] = [None, None]
-    if is_main_process():
-        try:
-            outcome[0] = function()
-        except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    with waiting_for(what, patience_s=PATIENCE_S) if what else nullcontext():
+        if not is_distributed():
+            return function()
+        outcome: list[Any] = [None, None]
+        if is_main_process():
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]

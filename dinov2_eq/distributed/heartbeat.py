@@ -20,6 +20,10 @@ PERIOD_S = 2.0
 GRACE_S = 10.0  # how long the others may take to notice by themselves what one process has noticed
 
 
+class ProcessLost(OSError):
+    """Another process of the run left before all had met."""
+
+
 class Loss(NamedTuple):
     """Which process is lost, and a sentence about it."""
 
@@ -58,11 +62,13 @@ class Heartbeat:
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> "Heartbeat":
+    def announce(self) -> None:
+        """Tells the others what this process is called."""
         self._name = f"process {self.rank} (host {socket.gethostname()}, pid {os.getpid()})"
         self._store.set(f"name/{self.rank}", self._name)
         self._beat()
-        dist.barrier()
+
+    def __enter__(self) -> "Heartbeat":
         self._names = {rank: self._store.get(f"name/{rank}").decode() for rank in self.watched}
         host = self.store_host or self._names.get(0, self._name)
         self._unreachable = Loss(0, f"{host} hosts the connection of all, and no longer answers")

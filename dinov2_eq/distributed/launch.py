@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dinov2_eq.distributed.heartbeat import Heartbeat
+from dinov2_eq.distributed.meeting import Place, await_all, open_store
 
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 FIRST_PORT, NUM_PORTS = 20000, 20000
@@ -28,13 +29,23 @@ class Launch(NamedTuple):
     local_world_size: int = 1
     master_addr: str = ""
     master_port: int = 0
+    has_store: bool = False  # the launcher itself hosts the store in which the processes meet
+    attempt: str = "0"  # how often the launcher has started these processes again
+
+
+# For whoever finds the variables of a launcher in a shell, and has started a single process.
+ADVICE = {
+    "torchrun": "Start this command on every node. For a single process, unset RANK and WORLD_SIZE",
+    "slurm": "srun must start this command once for each of its tasks. For a single process, unset "
+    "SLURM_STEP_NUM_TASKS",
+}
 
 
 def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     """Reads the launcher's variables.
 
     Raises:
-        ValueError: torchrun's variables are there in part, or SLURM's node list cannot be read.
+        ValueError: torchrun's variables are there in part or are no numbers, or SLURM's node list cannot be read.
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
         missing = [name for name in TORCHRUN_VARIABLES if name not in environ]
@@ -43,18 +54,21 @@ def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
                 f"{' and '.join(missing)} missing beside the other variables of torchrun; start with torchrun "
                 "or srun, or unset them all for a single process"
             )
-        world_size = int(environ["WORLD_SIZE"])
+        world_size = _number(environ, "WORLD_SIZE", smallest=1)
         return Launch(
             "torchrun",
-            int(environ["RANK"]),
+            _number(environ, "RANK", below=world_size),
             world_size,
-            int(environ["LOCAL_RANK"]),
-            int(environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in environ else world_size,
+            _number(environ, "LOCAL_RANK"),
+            _number(environ, "LOCAL_WORLD_SIZE", smallest=1) if "LOCAL_WORLD_SIZE" in environ else world_size,
             environ["MASTER_ADDR"],
-            int(environ["MASTER_PORT"]),
+            _number(environ, "MASTER_PORT", smallest=1, below=2**16),
+            # torchrun keeps its store when it starts the processes again, with addresses of processes that are gone.
+            has_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            attempt=environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
         )
     # Only srun sets the step's number of tasks; a plain python in a batch script is a single process.
-    if "SLURM_STEP_NUM_TASKS" in environ and int(environ["SLURM_STEP_NUM_TASKS"]) > 1:
+    if "SLURM_STEP_NUM_TASKS" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", smallest=1) > 1:
         node = int(environ["SLURM_NODEID"])
         seed = int(environ["SLURM_JOB_ID"]) + 7 * int(environ["SLURM_STEP_ID"])  # steps of a job may share a node
         return Launch(
@@ -63,10 +77,20 @@ def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
             int(environ["SLURM_STEP_NUM_TASKS"]),
             int(environ["SLURM_LOCALID"]),
             _tasks_of_nodes(environ["SLURM_STEP_TASKS_PER_NODE"])[node],
-            _first_host(environ["SLURM_STEP_NODELIST"]),
-            FIRST_PORT + seed % NUM_PORTS,
+            environ.get("MASTER_ADDR") or _first_host(environ["SLURM_STEP_NODELIST"]),
+            _number(environ, "MASTER_PORT", smallest=1, below=2**16)
+            if "MASTER_PORT" in environ
+            else FIRST_PORT + seed % NUM_PORTS,
         )
     return Launch("single")
+
+
+def _number(environ: Mapping[str, str], name: str, smallest: int = 0, below: int | None = None) -> int:
+    text = environ[name]
+    allowed = f"a whole number from {smallest} up" + ("" if below is None else f", below {below}")
+    if not text.isdecimal() or int(text) < smallest or (below is not None and int(text) >= below):
+        raise ValueError(f"{name}={text!r} in the environment must be {allowed}; unset it, or start with a launcher")
+    return int(text)
 
 
 def _tasks_of_nodes(description: str) -> list[int]:
@@ -98,6 +122,9 @@ def process_group(launch: Launch, device: torch.device, silence_limit_s: float) 
 
     Collectives on CPU tensors go through gloo, those on GPU tensors through nccl. While it lasts, a heartbeat tells a
     process that died, or stopped for `silence_limit_s` seconds, from one that computes: see `Heartbeat`.
+
+    Raises:
+        ValueError, OSError: the processes do not find each other; see `open_store` and `await_all`.
     """
     if launch.how == "single":
         yield
@@ -113,22 +140,31 @@ def process_group(launch: Launch, device: torch.device, silence_limit_s: float) 
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
+    place = Place(
+        launch.rank, launch.world_size, launch.master_addr, launch.master_port, launch.has_store, ADVICE[launch.how]
+    )
+    store = dist.PrefixStore(launch.attempt, open_store(place))
+    heartbeat = Heartbeat(
+        launch.rank,
+        launch.world_size,
+        store,
+        silence_limit_s,
+        store_host="torchrun on the main host" if launch.has_store else None,
+    )
+    heartbeat.announce()
+    await_all(store, place)
     # Longer than the heartbeat's patience: the heartbeat names the process, a collective that times out does not.
     timeout = timedelta(seconds=max(600.0, 4 * silence_limit_s))
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    # torchrun keeps its store when it starts the processes again, with addresses of processes that are gone.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-        device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
-    )
-    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store_host = "torchrun on the main host" if by_torchrun else None
-    with Heartbeat(rank, world_size, store, silence_limit_s, store_host):
+    store.set_timeout(timeout)
+    with heartbeat:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+            device_id=torch.device("cuda", torch.cuda.current_device()) if on_gpu else None,
+        )
         yield
         dist.barrier()
     dist.destroy_process_group()

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from dinov2_eq.data.workers import worker_deaths_explained
+from dinov2_eq.data.workers import loading_explained
 from dinov2_eq.distributed import from_main_process, get_world_size, pick_device
 from dinov2_eq.distributed.launch import find_launch, process_group
+from dinov2_eq.distributed.signals import stops_raise
 from dinov2_eq.files import check_writable
 from dinov2_eq.logging import describe_run, setup_logging
 
@@ -94,7 +95,11 @@ def evaluation_processes(args: argparse.Namespace) -> Iterator[torch.device]:
     """
     launch = find_launch()
     device = pick_device("cpu" if args.dry_run else args.device, launch.local_rank)
-    with process_group(launch, device, SILENCE_LIMIT_S), worker_deaths_explained():
+    with (
+        stops_raise("the same command does it again"),
+        process_group(launch, device, SILENCE_LIMIT_S),
+        loading_explained(),
+    ):
         setup_logging()
         yield device
 

@@ -8,12 +8,11 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dinov2_eq.data.loaders import make_eval_loader
-from dinov2_eq.distributed import is_main_process
 from dinov2_eq.evaluation.encoder import Encoder
 from dinov2_eq.evaluation.labelled import LabelledImages
+from dinov2_eq.logging import progress_bar
 from dinov2_eq.probes.features import block_features, encode_together, pooled_features
 
 # What the loaders show, for results files: `make_eval_loader` and `make_whole_image_loader`.
@@ -70,7 +69,7 @@ class FeatureExtractor:
         def make_batches(indices: np.ndarray) -> Iterable[tuple[Tensor, Tensor]]:
             size = self.encoder.image_size
             loader = self.make_loader(images.dataset, indices, size, self.batch_size, self.num_workers)
-            return tqdm(loader, unit="batch", disable=None if is_main_process() else True)
+            return progress_bar(loader, unit="batch")
 
         started = time.perf_counter()
         features, _ = encode_together(encode, make_batches, images.indices, self.device, gather=gather)

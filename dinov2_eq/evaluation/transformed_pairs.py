@@ -15,16 +15,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from torchvision import transforms
-from tqdm import tqdm
 
 from dinov2_eq.data.datasets import ImageDataset
 from dinov2_eq.data.loaders import EvaluationSamples
-from dinov2_eq.data.workers import init_worker
-from dinov2_eq.distributed import gather_rows, get_rank, get_world_size, is_main_process
+from dinov2_eq.data.workers import Loader
+from dinov2_eq.distributed import gather_rows, get_rank, get_world_size
 from dinov2_eq.equivariance.transforms import Transform
 from dinov2_eq.evaluation.encoder import Encoder
+from dinov2_eq.logging import progress_bar
 from dinov2_eq.probes.features import pooled_features, require_finite
 
 
@@ -152,12 +152,10 @@ def extract_pairs(
     own = np.resize(np.arange(num_images), (get_world_size(), share))[get_rank()]  # begins anew where they run out
     size = next(iter(encoders.values())).image_size
     shown = list(dict.fromkeys([*(setting.appearance for setting in settings), *appearances]))
-    loader = DataLoader(
+    loader = Loader(
         Subset(SizedImages(dataset, size, [look.side for look in shown]), [int(indices[place]) for place in own]),
         batch_size=batch_size,
         num_workers=num_workers,
-        worker_init_fn=init_worker,
-        generator=torch.Generator(),
     )
     features: dict[tuple[str, Appearance | Setting], list[Tensor]] = {}
 
@@ -177,7 +175,7 @@ def extract_pairs(
             features.setdefault((name, key), []).append(torch.stack(rows, dim=1))  # [B, draws, 2D]
 
     places = torch.from_numpy(own).split(batch_size)
-    batches = tqdm(loader, unit="batch", disable=None if is_main_process() else True)
+    batches = progress_bar(loader, unit="batch")
     for place, uint8_images in zip(places, batches, strict=True):
         images = {side: batch.to(device).float() / 255 for side, batch in uint8_images.items()}
         for appearance in shown:

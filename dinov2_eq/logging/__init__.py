@@ -1,11 +1,12 @@
 """Logs for people (`setup_logging`), metrics for programs (`MetricLogger`), what a run consists of (`describe_run`)."""
 
 from dinov2_eq.logging.metrics import MetricLogger, first_value
-from dinov2_eq.logging.setup import describe_run, setup_logging
+from dinov2_eq.logging.setup import describe_run, progress_bar, setup_logging
 
 __all__ = [
     "MetricLogger",
     "describe_run",
     "first_value",
+    "progress_bar",
     "setup_logging",
 ]

@@ -4,8 +4,11 @@ import logging
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -17,20 +20,70 @@ FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
 PACKAGES = ("torch", "torchvision", "xformers", "kornia", "numpy")
 
 
+class _Terminal:
+    """stderr, for lines and progress bars; where it is gone, nothing happens."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):  # ValueError: it was closed here
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+
+_TERMINAL = _Terminal()
+
+
+def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
+    """A progress bar of the main process, where there is a terminal to show it on.
+
+    Args:
+        items, options: of tqdm.
+    """
+    return tqdm(items, file=_TERMINAL, dynamic_ncols=True, disable=None if is_main_process() else True, **options)
+
+
 class _AboveProgressBar(logging.Handler):
     """Prints above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=_TERMINAL)
+        except Exception:
+            self.handleError(record)
+
+
+class _LogFile(logging.FileHandler):
+    """Escapes what is no text, as file names may be; tells once that a disk is full."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self._failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._failed:
+            self._failed = True
+            _TERMINAL.write(f"{self.baseFilename} cannot be written any more: {error.strerror}\n")
 
 
 def setup_logging(folder: Path | None = None) -> None:
-    """Everything goes to `<folder>/logs/log.<rank>.txt`; the main process and errors of the others, to the terminal."""
+    """Everything goes to `<folder>/logs/log.<rank>.txt`; the main process and errors of the others, to the terminal.
+
+    Neither a full disk nor a terminal that is gone is an error where something is logged.
+    """
     terminal = _AboveProgressBar(logging.INFO if is_main_process() else logging.ERROR)
     handlers: list[logging.Handler] = [terminal]
     if folder is not None:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(folder / "logs" / f"log.{get_rank()}.txt"))
+        handlers.append(_LogFile(folder / "logs" / f"log.{get_rank()}.txt"))
     logging.basicConfig(level=logging.INFO, format=FORMAT, datefmt="%Y-%m-%d %H:%M:%S", handlers=handlers, force=True)
 
 

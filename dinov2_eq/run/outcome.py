@@ -1,10 +1,14 @@
 """How a command that failed ends: one sentence and an exit code for what the user can mend, a traceback for a bug."""
 
 import sys
+from contextlib import suppress
 
-STOPPED = 4  # by a signal, after saving
+from dinov2_eq.distributed import heartbeat
+from dinov2_eq.distributed.waiting import STOPPED
+
 # The first row that fits counts.
 EXIT_CODES: tuple[tuple[tuple[type[Exception], ...], int], ...] = (
+    ((heartbeat.ProcessLost,), heartbeat.EXIT_CODE),
     ((InterruptedError,), STOPPED),
     ((FloatingPointError,), 3),
     ((ValueError, OSError), 2),
@@ -16,7 +20,8 @@ def exit_code(error: Exception) -> int:
     code = next((code for kinds, code in EXIT_CODES if isinstance(error, kinds)), None)
     if code is None:
         raise error
-    print(f"dinov2-eq: {_words(error)}", file=sys.stderr)
+    with suppress(OSError):  # the terminal may be gone
+        print(f"dinov2-eq: {_words(error)}", file=sys.stderr)
     return code
 
 

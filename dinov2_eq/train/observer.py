@@ -1,18 +1,16 @@
 """What a run shows while it trains: log lines, metrics, pictures, online k-NN, teacher checkpoints."""
 
 import logging
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from dinov2_eq.config.schema import Config
 from dinov2_eq.data.datasets import ImageDataset
 from dinov2_eq.data.loaders import to_device
 from dinov2_eq.distributed import is_main_process
-from dinov2_eq.logging import MetricLogger, first_value
+from dinov2_eq.logging import MetricLogger, first_value, progress_bar
 from dinov2_eq.train.build import build_make_views, build_task_transform, build_train_loader
 from dinov2_eq.train.meter import StepMeter
 from dinov2_eq.train.online_knn import KNN_TOP1, OnlineKnn
@@ -47,9 +45,7 @@ class Observer:
         self.log_period = log_period
         self.metrics = metrics
         self.actions = actions
-        self.bar = tqdm(
-            total=steps, initial=start, unit="step", disable=not (sys.stderr.isatty() and is_main_process())
-        )
+        self.bar = progress_bar(total=steps, initial=start, unit="step")
 
     def after_step(self, done: int, meter: StepMeter, more: Mapping[str, float]) -> None:
         """`done` counts the finished steps; `more` is logged beside what the meter knows."""

@@ -45,8 +45,8 @@ def set_aside(folder: Path) -> None:
     found = [path for pattern in PRODUCTS for path in folder.glob(pattern)]
     if not found:
         return
-    number = 1 + len(list(folder.glob("previous-*")))
-    previous = folder / f"previous-{number}"
+    numbers = [path.name.removeprefix("previous-") for path in folder.glob("previous-*")]
+    previous = folder / f"previous-{1 + max((int(number) for number in numbers if number.isdecimal()), default=0)}"
     previous.mkdir()
     for path in found:
         path.rename(previous / path.name)

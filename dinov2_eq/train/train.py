@@ -10,16 +10,18 @@ from pathlib import Path
 import torch
 
 from dinov2_eq.checkpointer import Checkpointer
+from dinov2_eq.checkpointer.lock import FolderLock
 from dinov2_eq.config.load import load_config, to_yaml
 from dinov2_eq.config.schema import Config
 from dinov2_eq.data.corrupt import CorruptCounter
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.data.loaders import to_device
 from dinov2_eq.data.seeding import Stream, seed_for
-from dinov2_eq.data.workers import worker_deaths_explained
+from dinov2_eq.data.workers import loading_explained
 from dinov2_eq.distributed import from_main_process, get_local_world_size, get_rank, get_world_size, pick_device
 from dinov2_eq.distributed.launch import find_launch, process_group
 from dinov2_eq.distributed.signals import StoppedBySignal, StopRequest
+from dinov2_eq.distributed.waiting import SignalWatch
 from dinov2_eq.files import check_writable, disk_errors_explained
 from dinov2_eq.logging import setup_logging
 from dinov2_eq.train import run_folder
@@ -78,23 +80,25 @@ def do_train(config: Config, output_dir: Path, *, resume: bool = True) -> None:
     ends with code 5; see `distributed.heartbeat`.
 
     Raises:
-        ValueError: config, data or checkpoint that cannot be used.
+        ValueError: config, data or checkpoint that cannot be used, or another run is in the folder.
         OSError: `output_dir` cannot be written.
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those before that step.
         StoppedBySignal: SIGTERM or SIGUSR2 reached a process; the state is saved.
     """
     launch = find_launch()
     device = pick_device(config.train.device, launch.local_rank)
-    with StopRequest() as stop, process_group(launch, device, config.train.lost_rank_timeout_s):
+    with SignalWatch(), StopRequest() as stop, process_group(launch, device, config.train.lost_rank_timeout_s):
         check_writable(output_dir)
         setup_logging(output_dir)
         folder = output_dir / run_folder.CHECKPOINTS
         kept, kept_for_ever = config.train.keep_checkpoints, config.train.keep_checkpoint_every_steps
         with (
+            FolderLock(output_dir) as lock,
             closing(Checkpointer(folder, kept, kept_for_ever)) as checkpointer,
-            worker_deaths_explained(),
+            loading_explained(),
             disk_errors_explained(output_dir),
         ):
+            from_main_process(lock.acquire, "the lock of the run folder")
             _train(config, output_dir, device, checkpointer, stop, resume)
 
 
@@ -107,8 +111,9 @@ def _train(
     resume: bool,
 ) -> None:
     half_precision = uses_half_precision(config, device)
-    dataset = from_main_process(lambda: build_dataset(config.train.dataset_path))
-    knn = from_main_process(lambda: build_online_knn(config, half_precision))
+    data = config.train.dataset_path
+    dataset = from_main_process(lambda: build_dataset(data), f"{data} to be opened")
+    knn = from_main_process(lambda: build_online_knn(config, half_precision), "the data of the online k-NN")
     newest = checkpointer.newest_whole() if resume else None
     pretrained = find_pretrained(config.student.pretrained_weights) if newest is None else ""
     arch = build_arch(config, device, partial(read_pretrained, pretrained) if pretrained else None)

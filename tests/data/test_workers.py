@@ -1,32 +1,33 @@
 """Worker processes of a loader: signals to the whole job, and workers that die."""
 
+import errno
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
+from dinov2_eq.data import workers
 from dinov2_eq.data.datasets import DataError
-from dinov2_eq.data.workers import init_worker, worker_deaths_explained
-from tests.processes import run_ranks
+from dinov2_eq.data.workers import Loader, loading_explained
+from dinov2_eq.distributed.signals import StopRequest
+from dinov2_eq.distributed.waiting import SignalWatch
+from tests.processes import run_ranks, start_ranks
 
 PROGRAM = """
     import multiprocessing, os, signal, sys
     import torch
-    from torch.utils.data import DataLoader
-    from dinov2_eq.data.workers import init_worker
+    from dinov2_eq.data.workers import Loader
 
-    context = sys.argv[2]
-    batches = iter(
-        DataLoader(torch.arange(1000.0), num_workers=2, worker_init_fn=init_worker, multiprocessing_context=context)
-    )
+    batches = iter(Loader(torch.arange(1000.0), num_workers=2, multiprocessing_context=sys.argv[2]))
     next(batches), next(batches)
     print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
     if sys.argv[1] == "killed":
@@ -38,7 +39,7 @@ PROGRAM = """
 def start_loader():
     """An iterator that has given 2 batches, one of each worker, and the process ids of these."""
     others = {process.pid for process in multiprocessing.active_children()}
-    batches = iter(DataLoader(torch.arange(1000.0), batch_size=2, num_workers=2, worker_init_fn=init_worker))
+    batches = iter(Loader(torch.arange(1000.0), batch_size=2, num_workers=2))
     next(batches), next(batches)
     pids = {process.pid for process in multiprocessing.active_children()} - others
     assert len(pids) == 2
@@ -97,7 +98,7 @@ def read_after_a_kill():
     started = time.monotonic()
     os.kill(next(iter(pids)), signal.SIGKILL)
     try:
-        with worker_deaths_explained():
+        with loading_explained():
             for _ in batches:
                 pass
     except DataError as error:
@@ -108,5 +109,75 @@ def read_after_a_kill():
 
 def test_a_killed_worker_is_reported_at_once():
     ((message, seconds),) = run_ranks(read_after_a_kill, 1)
-    assert re.search(r"A data-loading process is gone \(.+\)\. Most likely .*lower train\.num_workers", message)
+    assert re.search(
+        r"A data-loading process is gone \(.+\)\. Where it .* most likely .*lower train\.num_workers", message
+    )
     assert seconds < 10
+
+
+def no_room(tensor):
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)")
+
+
+def test_no_room_for_a_batch_is_an_error_of_the_batch(monkeypatch):
+    """torch alone would print it in a thread of the worker, and wait for ever."""
+    monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
+    with pytest.raises(
+        DataError, match=r"^/dev/shm, .* is too small, .* is free\. .*--shm-size.* lower train.num_workers"
+    ):
+        read_all(Loader(torch.arange(10.0), num_workers=1, collate_fn=lambda samples: {"rows": [torch.stack(samples)]}))
+
+
+def test_no_room_for_the_queues(monkeypatch):
+    def fail(loader):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", fail)
+    with pytest.raises(DataError, match=r"^/dev/shm, .* is too small"):
+        iter(Loader(torch.arange(10.0), num_workers=1))
+
+
+def read_all(loader):
+    with loading_explained():
+        return list(loader)
+
+
+def read_with_few_files(limit):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    try:
+        return len(read_all(Loader(torch.arange(4000.0), num_workers=2, prefetch_factor=500)))
+    except DataError as error:
+        return str(error)
+
+
+def test_too_few_files():
+    """A worker that meets the limit before this process does says so on the terminal, and ends."""
+    (message,) = run_ranks(read_with_few_files, 1, 100)
+    assert re.match(r"The limit of open files is too low.*ulimit -n|A data-loading process is gone .* said", message)
+
+
+def test_a_batch_that_cannot_be_sent_is_noticed(capfd):
+    with pytest.raises(DataError, match=r"A data-loading process is gone \(DataLoader worker .* exited unexpectedly"):
+        read_all(Loader(torch.arange(10.0), num_workers=1, collate_fn=lambda samples: lambda: samples))
+    assert "A batch cannot be handed over: " in capfd.readouterr().err
+
+
+def test_a_bug_in_a_worker_stays_a_bug():
+    def fail(samples):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        read_all(Loader(torch.arange(10.0), num_workers=1, collate_fn=fail))
+
+
+def wait_for_data_that_never_come():
+    workers.PATIENCE_S = 0.5
+    with SignalWatch(), StopRequest():
+        threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        next(iter(Loader(torch.arange(10.0), num_workers=1, collate_fn=lambda samples: time.sleep(30))))
+
+
+def test_a_stop_does_not_wait_for_data_for_ever():
+    ((process,), _) = start_ranks(wait_for_data_that_never_come, 1)
+    process.join(20)
+    assert process.exitcode == 4

@@ -1,7 +1,6 @@
 """Training runs of two processes, as a user starts them and as faults end them."""
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -104,7 +103,6 @@ class Run:
 
 def _command(folder: Path, argv: Sequence[str]) -> None:
     os.chdir(folder)
-    multiprocessing.set_start_method("fork", force=True)  # for data loading; this process itself has another context
     with open(f"terminal.{os.environ['RANK']}.txt", "a", buffering=1) as terminal:
         os.dup2(terminal.fileno(), sys.stderr.fileno())
         sys.exit(cli.main(argv))

@@ -1,0 +1,146 @@
+"""How the processes of a run find each other: a store that all share, and then the certainty that all are there."""
+
+import logging
+import math
+import socket
+import threading
+import time
+from datetime import timedelta
+from itertools import islice
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from dinov2_eq.distributed.heartbeat import ProcessLost
+from dinov2_eq.distributed.waiting import waiting_for
+
+MEETING_S = 600.0  # nodes become ready, and containers are unpacked, at different times
+ANSWER_S = 30.0  # for a store to answer that a process has just connected to
+PERIOD_S = 0.2
+TELL_AFTER_S = 2.0  # on the main process; the others leave it to that one for a while
+OTHERS_TELL_AFTER_S = 30.0
+PATIENCE_S = 1.0  # with a stop signal: nothing has begun
+NUM_SHOWN = 5
+
+logger = logging.getLogger(__name__)
+
+
+class Place(NamedTuple):
+    """Who this process is, and where the processes meet."""
+
+    rank: int
+    world_size: int
+    host: str
+    port: int
+    is_hosted: bool  # a launcher hosts the store; otherwise the main process does
+    advice: str  # for whoever started fewer processes than the launcher's variables promise
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+def open_store(place: Place) -> dist.Store:
+    """The store in which the processes find each other; waits for the host of it.
+
+    Raises:
+        ValueError: the port is taken, or the main process is not on the host that is named.
+        TimeoutError: nobody hosts a store there.
+    """
+    if place.rank == 0 and not place.is_hosted:
+        return _host_store(place)
+    deadline, reason = time.monotonic() + MEETING_S, ""
+    what = f"process 0 to answer at {place.address}. {place.advice}"
+    with waiting_for(what, tell_after_s=TELL_AFTER_S, patience_s=PATIENCE_S):
+        while time.monotonic() < deadline:
+            try:
+                # torch would go on trying by itself, without letting Python look at signals.
+                socket.create_connection((place.host, place.port), timeout=TELL_AFTER_S).close()
+                return _connect(place, is_master=False)
+            except (OSError, dist.DistError) as error:
+                reason = str(error).splitlines()[0]
+                time.sleep(PERIOD_S)
+    raise TimeoutError(f"Process 0 did not answer at {place.address} for {MEETING_S:.0f} s ({reason}). {place.advice}")
+
+
+def _host_store(place: Place) -> dist.Store:
+    try:
+        with waiting_for(f"an answer of this process itself at {place.address}", patience_s=PATIENCE_S):
+            return _connect(place, is_master=True)
+    except (OSError, dist.DistError) as error:
+        text = str(error)
+        if "EADDRINUSE" in text or "already in use" in text:
+            raise ValueError(
+                f"Port {place.port} of MASTER_PORT is in use on this host ({socket.gethostname()}), by another run "
+                "perhaps. Choose another port"
+            ) from None
+        raise ValueError(
+            f"Process 0, on {socket.gethostname()}, does not reach itself at {place.address}: {text.splitlines()[0]}. "
+            "MASTER_ADDR must name the host of process 0, and MASTER_PORT a port that it may open"
+        ) from None
+
+
+def _connect(place: Place, is_master: bool) -> dist.Store:
+    """In a thread, because torch waits without a limit for the first answer of what may be no store at all."""
+    found: list[dist.Store | Exception] = []
+
+    def connect() -> None:
+        try:
+            timeout = timedelta(seconds=ANSWER_S)
+            found.append(
+                dist.TCPStore(
+                    place.host,
+                    place.port,
+                    place.world_size,
+                    is_master,
+                    timeout,
+                    wait_for_workers=False,
+                    multi_tenant=is_master,
+                )
+            )
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=connect, name="store", daemon=True)
+    thread.start()
+    thread.join(2 * ANSWER_S)
+    if not found:
+        raise TimeoutError("what answers there is no store of torch")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def await_all(store: dist.Store, place: Place) -> None:
+    """Returns when all processes have called it, and says meanwhile who is missing.
+
+    Raises:
+        TimeoutError: some did not come.
+        ProcessLost: the host of the store left.
+    """
+    began = time.monotonic()
+    tell_after_s = TELL_AFTER_S if place.rank == 0 else OTHERS_TELL_AFTER_S
+    try:
+        store.set(f"came/{place.rank}", "")
+        num_here = store.add("came", 1)
+        with waiting_for("the other processes", tell_after_s=math.inf, patience_s=PATIENCE_S):
+            while num_here < place.world_size:
+                time.sleep(PERIOD_S)
+                num_here, waited_s = store.add("came", 0), time.monotonic() - began
+                if waited_s > MEETING_S:
+                    raise TimeoutError(f"Waited {MEETING_S:.0f} s in vain for {_missing(store, place, num_here)}")
+                if waited_s > tell_after_s:
+                    logger.warning("waiting for %s (%.0f s)", _missing(store, place, num_here), waited_s)
+                    tell_after_s = 2 * waited_s
+    except dist.DistError as error:
+        raise ProcessLost(
+            f"Process 0 left {place.address} before all processes had come, its log says why "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+
+
+def _missing(store: dist.Store, place: Place, num_here: int) -> str:
+    number = place.world_size - num_here
+    absent = (rank for rank in range(place.world_size) if not store.check([f"came/{rank}"]))
+    shown = ", ".join(map(str, islice(absent, NUM_SHOWN))) + (", ..." if number > NUM_SHOWN else "")
+    return f"{number} of {place.world_size} processes (number {shown}). {place.advice}"
