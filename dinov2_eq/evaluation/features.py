@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dinov2_eq.data.labelled import LabelledImages
 from dinov2_eq.data.loaders import make_eval_loader
 from dinov2_eq.distributed import is_main_process
 from dinov2_eq.evaluation.encoder import Encoder
-from dinov2_eq.evaluation.labelled import LabelledImages
 from dinov2_eq.probes.features import block_features, encode_together, pooled_features
 
 # What the loaders show, for results files: `make_eval_loader` and `make_whole_image_loader`.
