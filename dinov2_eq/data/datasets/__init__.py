@@ -10,7 +10,8 @@ from dinov2_eq.data.datasets.parquet import Parquet
 from dinov2_eq.data.datasets.shapes import Shapes
 from dinov2_eq.data.datasets.webdataset import ClassTars, WebDataset
 
-# A dataset of your own: one line here; the arguments of what it names are the keys of its data string.
+# A dataset of your own: one line here; the arguments of what it names are the keys of its data string. Where it is an
+# `EncodedImages`, the fields of `decode.Decoding` are keys, too.
 DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "Folder": Folder,
     "ImageFolder": ImageFolder,

@@ -2,15 +2,19 @@
 
 import io
 import logging
+import pickle
+import tarfile
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dinov2_eq.data.datasets import DataError, UnreadableImage, build_dataset
+from dinov2_eq.data.datasets import DATASETS, DataError, UnreadableImage, build_dataset
 from dinov2_eq.data.datasets import decode as decode_module
 from dinov2_eq.data.datasets.decode import Decoding, decode_image, is_image
 
@@ -155,6 +159,34 @@ def test_keys_of_data_strings(tmp_path):
     assert build_dataset(f"Folder:exif=True:root={tmp_path}").read(0).size == (4, 8)
     with pytest.raises(UnreadableImage, match=r"1\.jpg: it has 3\.2e-05 megapixels, .*:max_megapixels=1 to"):
         build_dataset(f"Folder:root={tmp_path}:max_megapixels=0.000001").read(0)
+
+
+def test_every_dataset_of_encoded_images_has_the_keys(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    content = turned(6)
+    for path in ("folder/1.jpg", "classes/a/1.jpg", "imagenet/train/n01/1.jpg", "flat/val/1.jpg"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_bytes(content)
+    pq.write_table(pa.table({"image": [content], "label": [3]}), tmp_path / "train.parquet")
+    with tarfile.open(tmp_path / "n01.tar", "w") as tar:
+        tar.add(tmp_path / "folder" / "1.jpg", "1.jpg")
+    strings = [
+        f"Folder:root={tmp_path}/folder",
+        f"ImageFolder:root={tmp_path}/classes",
+        f"ImageNet:root={tmp_path}/imagenet",
+        f"ImageNet:split=VAL:root={tmp_path}/flat",
+        f"Parquet:path={tmp_path}/train.parquet",
+        f"CIFAR10:root={tmp_path}",
+        f"WebDataset:urls={tmp_path}/n01.tar",
+        f"ImageNet22k:root={tmp_path}",
+    ]
+    assert {string.partition(":")[0] for string in strings} == DATASETS.keys() - {"Shapes"}
+    for string in strings:
+        assert build_dataset(string).read(0).size == (8, 4)
+        dataset = pickle.loads(pickle.dumps(build_dataset(f"{string}:exif=true")))
+        assert dataset.read(0).size == (4, 8)
+        with pytest.raises(UnreadableImage, match="megapixels, more than max_megapixels=3e-05"):
+            build_dataset(f"{string}:max_megapixels=0.00003").read(0)
 
 
 @pytest.mark.parametrize(

@@ -220,5 +220,5 @@ def test_names_that_are_not_utf8(tmp_path):
     left_out = LeftOut(tmp_path.joinpath)
     assert list_images(tmp_path, left_out) == ["caf\udce9.png"]
     assert left_out.found() == {"hidden image files": (1, ".caf\udce9.png")}
-    os.remove(os.path.join(os.fsencode(tmp_path), b".caf\xe9.png"))  # or a log with its name would be captured
+    os.remove(os.path.join(os.fsencode(tmp_path), b".caf\xe9.png"))  # pytest-xdist cannot pass on a log with its name
     assert colour(build_dataset(f"Folder:root={tmp_path}"), 0) == COLOURS[1]
