@@ -31,7 +31,7 @@ class Sample(NamedTuple):
     local_crops: Tensor  # [L, C, h, w] uint8
     photometric: PhotometricParams  # leading axis 2 + L: anchor, base, local crops
     theta: Tensor  # [P] parameters of the transform g; P = 0 without the task
-    skipped: tuple[str, ...]  # names of the unreadable images that this one replaces
+    skipped: tuple[str, ...]  # the unreadable images that this one replaces, with what is wrong
 
 
 class CollatedBatch(NamedTuple):

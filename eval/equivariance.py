@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dinov2_eq.config.checks import INTERVALS, lies_in
 from dinov2_eq.data.datasets import DataError, ImageDataset, build_dataset
+from dinov2_eq.data.labelled import read_labelled
 from dinov2_eq.data.loaders import fixed_subset
 from dinov2_eq.distributed import from_main_process, is_main_process
 from dinov2_eq.equivariance.transforms import Transform, TransformRanges
@@ -28,7 +29,6 @@ from dinov2_eq.evaluation.command_line import (
     protocol_of,
 )
 from dinov2_eq.evaluation.encoder import Encoder, load_encoder
-from dinov2_eq.evaluation.labelled import read_labelled
 from dinov2_eq.evaluation.probe_transforms import build_probe_transform
 from dinov2_eq.evaluation.report_card import (
     ANGLES_DEG,

@@ -10,6 +10,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+from dinov2_eq.data.labelled import ALL_IMAGES, draw_per_class, read_labelled
 from dinov2_eq.distributed import from_main_process
 from dinov2_eq.evaluation.command_line import (
     encoder_of,
@@ -23,7 +24,6 @@ from dinov2_eq.evaluation.command_line import (
 )
 from dinov2_eq.evaluation.encoder import load_encoder
 from dinov2_eq.evaluation.features import CENTRE, FeatureExtractor
-from dinov2_eq.evaluation.labelled import ALL_IMAGES, draw_per_class, read_labelled
 from dinov2_eq.evaluation.results import publish, results_folder
 from dinov2_eq.probes.knn import knn_accuracy
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dinov2_eq.data.labelled import LabelledImages, draw_subset, read_labelled, split_held_out
 from dinov2_eq.data.linear_loader import make_linear_loader
 from dinov2_eq.distributed import from_main_process, get_rank, get_world_size
 from dinov2_eq.evaluation.command_line import (
@@ -25,7 +26,6 @@ from dinov2_eq.evaluation.command_line import (
 )
 from dinov2_eq.evaluation.encoder import Encoder, fingerprint, load_encoder
 from dinov2_eq.evaluation.features import CENTRE, FeatureExtractor
-from dinov2_eq.evaluation.labelled import LabelledImages, draw_subset, read_labelled, split_held_out
 from dinov2_eq.evaluation.linear_training import GridCheckpoints, train_grid
 from dinov2_eq.evaluation.results import publish, results_folder
 from dinov2_eq.probes.accuracy import METRICS, ClassHits

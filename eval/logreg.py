@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_eq.data.labelled import LabelledImages, draw_subset, read_labelled, split_held_out
 from dinov2_eq.data.linear_loader import make_whole_image_loader
 from dinov2_eq.distributed import from_main_process, gather_objects, get_rank, get_world_size, pick_device
 from dinov2_eq.evaluation.command_line import (
@@ -23,7 +24,6 @@ from dinov2_eq.evaluation.command_line import (
 )
 from dinov2_eq.evaluation.encoder import load_encoder
 from dinov2_eq.evaluation.features import WHOLE, FeatureExtractor
-from dinov2_eq.evaluation.labelled import LabelledImages, draw_subset, read_labelled, split_held_out
 from dinov2_eq.evaluation.results import publish, results_folder
 from dinov2_eq.probes.accuracy import METRICS, ClassHits, count_hits
 from dinov2_eq.probes.logistic import C_GRID, LogisticFit, fit_logistic

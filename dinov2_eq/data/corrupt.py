@@ -16,23 +16,22 @@ MIN_READS = 100
 
 
 def read_or_next(dataset: ImageDataset, index: int) -> tuple[Image.Image, tuple[str, ...]]:
-    """The image at `index`, or the next readable one after it, and the names of the unreadable ones in between.
+    """The image at `index`, or the next readable one after it, and what is wrong with the ones in between, by name.
 
     Raises:
         DataError: `MAX_IN_A_ROW` images in a row, or all of them, cannot be read.
     """
     skipped: list[str] = []
-    num_tries = min(len(dataset), MAX_IN_A_ROW)
-    first_error = ""
-    for offset in range(num_tries):
+    passed = 0
+    while passed < len(dataset) and len(skipped) < MAX_IN_A_ROW:
         try:
-            return dataset.read((index + offset) % len(dataset)), tuple(skipped)
+            return dataset.read((index + passed) % len(dataset)), tuple(skipped)
         except UnreadableImage as error:
-            skipped.append(error.name)
-            first_error = first_error or str(error)
+            skipped.append(str(error))
+            passed += 1 + error.rest
     raise DataError(
-        f"{num_tries} images in a row of {dataset.data_string!r} could not be read; the first: {first_error}. "
-        "Check that the files are complete and are images."
+        f"{min(passed, len(dataset))} images in a row of {dataset.data_string!r} could not be read; the first: "
+        f"{skipped[0]}. Check that the files are complete and are images."
     )
 
 
@@ -53,7 +52,7 @@ class CorruptCounter:
         self._named: set[str] = set()
 
     def add(self, names: Iterable[str], num_read: int) -> None:
-        """Notes `num_read` images that this process read and the names of those that it could not."""
+        """Notes `num_read` images that this process read and the names, with reasons, of those that it could not."""
         names = list(names)
         self._unchecked += torch.tensor([num_read, len(names)])
         for name in names:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2_eq.data.labelled import LabelledImages
 from dinov2_eq.data.loaders import make_eval_loader
 from dinov2_eq.evaluation.encoder import Encoder
-from dinov2_eq.evaluation.labelled import LabelledImages
 from dinov2_eq.logging import progress_bar
 from dinov2_eq.probes.features import block_features, encode_together, pooled_features
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_eq.config.schema import Config, CropsConfig, EvaluationConfig
-from dinov2_eq.data.datasets import ImageDataset, build_dataset, require_labels
-from dinov2_eq.data.loaders import fixed_subset, make_eval_loader
+from dinov2_eq.data.labelled import LabelledImages, read_labelled
+from dinov2_eq.data.loaders import make_eval_loader
 from dinov2_eq.probes.features import encode_together, pooled_features
 from dinov2_eq.probes.knn import knn_accuracy
 
@@ -33,24 +33,23 @@ class OnlineKnn:
     def __init__(
         self, evaluation: EvaluationConfig, crops: CropsConfig, num_workers: int, half_precision: bool
     ) -> None:
-        """Raises ValueError where the data has no labels or fewer images than k."""
+        """Raises ValueError where the data have no labels that fit each other, or fewer images than k."""
         self.k = evaluation.knn_k
         self.crops = crops
         self.num_workers = num_workers
         self.half_precision = half_precision
-        self.train = self._subset(evaluation.knn_train_dataset, evaluation.knn_max_images)
-        self.val = self._subset(evaluation.knn_val_dataset, evaluation.knn_max_images)
-        if self.k > len(self.train[1]):
+        self.train, self.val = read_labelled(
+            evaluation.knn_train_dataset,
+            [evaluation.knn_val_dataset],
+            "the online k-NN",
+            evaluation.knn_max_images,
+            classes_without_images=True,
+        )
+        if self.k > len(self.train.indices):
             raise ValueError(
-                f"evaluation.knn_k={self.k} is more than the {len(self.train[1])} images of "
+                f"evaluation.knn_k={self.k} is more than the {len(self.train.indices)} images of "
                 f"evaluation.knn_train_dataset={evaluation.knn_train_dataset!r}; lower k or give more images"
             )
-
-    @staticmethod
-    def _subset(data_string: str, max_images: int) -> tuple[ImageDataset, np.ndarray]:
-        dataset = build_dataset(data_string)
-        require_labels(dataset, "the online k-NN")
-        return dataset, fixed_subset(len(dataset), max_images)
 
     def measure(self, backbone: nn.Module, device: torch.device) -> dict[str, float]:
         """Top-1 in per cent, under the name it is logged with; all processes must call it.
@@ -61,20 +60,19 @@ class OnlineKnn:
         Raises:
             ValueError: features that are NaN or infinite.
         """
-        train, val = (self._features(backbone, device, *subset) for subset in (self.train, self.val))
-        accuracies = knn_accuracy(*train, *val, ks=[self.k])
+        train, val = (self._features(backbone, device, images) for images in (self.train, self.val))
+        accuracies = knn_accuracy(train, self.train.labels, val, self.val.labels, ks=[self.k])
         logger.info("k-NN top-1 %.2f %%", accuracies[self.k]["top1"])
         return {KNN_TOP1: accuracies[self.k]["top1"]}
 
-    def _features(
-        self, backbone: nn.Module, device: torch.device, dataset: ImageDataset, indices: np.ndarray
-    ) -> tuple[Tensor, Tensor]:
-        """Features [n, D] and labels [n] of all images, computed by all processes together."""
+    def _features(self, backbone: nn.Module, device: torch.device, images: LabelledImages) -> Tensor:
+        """Features [n, D] of all images, computed by all processes together."""
         encode = partial(
             pooled_features, backbone, mean=self.crops.mean, std=self.crops.std, half_precision=self.half_precision
         )
 
         def make_batches(own: np.ndarray) -> Iterable[tuple[Tensor, Tensor]]:
-            return make_eval_loader(dataset, own, self.crops.global_crops_size, BATCH_SIZE, self.num_workers)
+            return make_eval_loader(images.dataset, own, self.crops.global_crops_size, BATCH_SIZE, self.num_workers)
 
-        return encode_together(encode, make_batches, indices, device)
+        features, _ = encode_together(encode, make_batches, images.indices, device)
+        return features

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from dinov2_eq.data.corrupt import MAX_IN_A_ROW, CorruptCounter, read_or_next
-from dinov2_eq.data.datasets import DataError, build_dataset
+from dinov2_eq.data.datasets import DataError, ImageDataset, UnreadableImage, build_dataset
 from tests.processes import run_ranks
 
 
@@ -23,7 +23,8 @@ def test_the_next_readable_image_stands_in(tmp_path):
     dataset = make_folder(tmp_path, 5, broken={1, 2, 4})
     image, skipped = read_or_next(dataset, 1)
     assert image.getpixel((0, 0)) == (3, 0, 0)
-    assert [name[-7:] for name in skipped] == ["001.png", "002.png"]
+    assert [text[: text.index(": ")][-7:] for text in skipped] == ["001.png", "002.png"]
+    assert all("no image, or in a format that is not read" in text for text in skipped)
     image, skipped = read_or_next(dataset, 4)  # past the end it starts over
     assert image.getpixel((0, 0)) == (0, 0, 0)
     assert read_or_next(dataset, 3)[1] == ()
@@ -34,6 +35,32 @@ def test_a_folder_of_corrupt_files(tmp_path, num_images, expected):
     dataset = make_folder(tmp_path, num_images, broken=range(num_images))
     with pytest.raises(DataError, match=rf"{expected} images in a row .*could not be read; the first: .*000\.png"):
         read_or_next(dataset, 0)
+
+
+class Chunks(ImageDataset):
+    """Numbers as images, in two chunks of 150; the first cannot be read."""
+
+    data_string = "Chunks"
+
+    def __init__(self, num_readable):
+        self.num_readable = num_readable
+
+    def __len__(self):
+        return 150 + self.num_readable
+
+    def name(self, index):
+        return f"image {index}"
+
+    def read(self, index):
+        if index < 150:
+            raise UnreadableImage("first chunk", "damaged", rest=149 - index)
+        return index
+
+
+def test_images_that_cannot_be_read_for_one_reason_are_passed_over_at_once():
+    assert read_or_next(Chunks(150), 20) == (150, ("first chunk: damaged",))
+    with pytest.raises(DataError, match="150 images in a row of 'Chunks' could not be read; the first: first chunk"):
+        read_or_next(Chunks(0), 20)
 
 
 def test_counter_names_each_once(caplog):

@@ -12,10 +12,10 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from dinov2_eq.config.load import load_config, to_dict
 from dinov2_eq.data.datasets import DataError
+from dinov2_eq.data.labelled import read_labelled
 from dinov2_eq.eval import knn
 from dinov2_eq.evaluation.encoder import load_encoder
 from dinov2_eq.evaluation.features import FeatureExtractor
-from dinov2_eq.evaluation.labelled import read_labelled
 from dinov2_eq.models import build_backbone
 from tests.processes import run_ranks
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from dinov2_eq.data.labelled import read_labelled
 from dinov2_eq.data.linear_loader import make_whole_image_loader
 from dinov2_eq.eval import logreg
 from dinov2_eq.evaluation.encoder import load_encoder
-from dinov2_eq.evaluation.labelled import read_labelled
 from dinov2_eq.probes.features import encode_batches, pooled_features
 from tests.processes import run_ranks
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
+from dinov2_eq.data.labelled import read_labelled
 from dinov2_eq.data.linear_loader import make_whole_image_loader
 from dinov2_eq.data.loaders import make_eval_loader
 from dinov2_eq.evaluation.encoder import load_encoder
 from dinov2_eq.evaluation.features import FeatureExtractor
-from dinov2_eq.evaluation.labelled import read_labelled
 from dinov2_eq.probes.features import block_features, pooled_features
 
 CPU = torch.device("cpu")

@@ -8,13 +8,15 @@ from dinov2_eq.data.datasets.data_string import build_from_table
 from dinov2_eq.data.datasets.folders import Folder, ImageFolder, imagenet
 from dinov2_eq.data.datasets.parquet import Parquet
 from dinov2_eq.data.datasets.shapes import Shapes
-from dinov2_eq.data.datasets.webdataset import WebDataset
+from dinov2_eq.data.datasets.webdataset import ClassTars, WebDataset
 
-# A dataset of your own: one line here; the arguments of what it names are the keys of its data string.
+# A dataset of your own: one line here; the arguments of what it names are the keys of its data string. Where it is an
+# `EncodedImages`, the fields of `decode.Decoding` are keys, too.
 DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "Folder": Folder,
     "ImageFolder": ImageFolder,
     "ImageNet": imagenet,
+    "ImageNet22k": ClassTars,
     "CIFAR10": cifar10,
     "Parquet": Parquet,
     "WebDataset": WebDataset,

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from dinov2_eq.data.datasets.base import DataError, ImageDataset
+from dinov2_eq.data.datasets.decode import Decoding, EncodedImages
 
 _OPTION = re.compile(r"""(?P<key>\w+)=(?:'(?P<single>[^']*)'|"(?P<double>[^"]*)"|(?P<plain>[^:]*))(?::|$)""")
 
@@ -34,7 +35,10 @@ def parse_data_string(string: str) -> tuple[str, dict[str, str]]:
 
 
 def build_from_table(string: str, table: dict[str, Callable[..., ImageDataset]]) -> ImageDataset:
-    """Calls the entry of `table` that a data string names; its options are the arguments, checked by its signature.
+    """Calls the entry of `table` that a data string names.
+
+    The keys are the arguments of the entry, checked by its signature, and for datasets that decode files the fields of
+    `Decoding`.
 
     Raises:
         DataError: unknown name or key, missing key, or a value of the wrong type.
@@ -43,25 +47,45 @@ def build_from_table(string: str, table: dict[str, Callable[..., ImageDataset]])
     if name not in table:
         raise DataError(f"Data string {string!r}: unknown dataset {name!r}{_known(name, table)}")
     parameters = inspect.signature(table[name]).parameters
+    decoding_types = inspect.get_annotations(Decoding) if _may_decode(table[name]) else {}
+    types = {key: parameter.annotation for key, parameter in parameters.items()} | decoding_types
     for key in options:
-        if key not in parameters:
-            raise DataError(f"Data string {string!r}: {name} has no key {key!r}{_known(key, parameters)}")
+        if key not in types:
+            raise DataError(f"Data string {string!r}: {name} has no key {key!r}{_known(key, types)}")
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and not options.get(key):
             raise DataError(f"Data string {string!r}: {name} needs {key}=..., as in '{name}:{key}=...'.")
-
-    arguments: dict[str, str | int] = {}
-    for key, value in options.items():
-        try:
-            arguments[key] = int(value) if parameters[key].annotation is int else value
-        except ValueError:
-            raise DataError(f"Data string {string!r}: {key}={value!r} is not a whole number.") from None
     try:
-        dataset = table[name](**arguments)
+        values = {key: _convert(key, value, types[key]) for key, value in options.items()}
+        given = {key: values.pop(key) for key in decoding_types if key in values}
+        decoding = Decoding(**given)
+        dataset = table[name](**values)
+        if isinstance(dataset, EncodedImages):
+            dataset.decoding = decoding
+        elif given:
+            raise DataError(f"{'=... and '.join(given)}=... is for image files, and there are none; leave it out.")
     except DataError as error:
         raise DataError(f"Data string {string!r}: {error}") from None
     dataset.data_string = string
     return dataset
+
+
+def _may_decode(entry: Callable[..., ImageDataset]) -> bool:
+    """Functions may; of classes, those that derive from `EncodedImages` do."""
+    return not inspect.isclass(entry) or issubclass(entry, EncodedImages)
+
+
+def _convert(key: str, value: str, kind: type) -> str | int | float | bool:
+    if kind is bool:
+        if value.lower() not in ("true", "false"):
+            raise DataError(f"{key}={value!r} is neither true nor false.")
+        return value.lower() == "true"
+    if kind not in (int, float):
+        return value
+    try:
+        return kind(value)
+    except ValueError:
+        raise DataError(f"{key}={value!r} is not a {'whole ' * (kind is int)}number.") from None
 
 
 def check_split(split: str, allowed: Iterable[str]) -> None:

@@ -1,32 +1,44 @@
 """Images as files: any tree, class folders, and ImageNet's layout."""
 
+import logging
 import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from dinov2_eq.data.datasets.base import DataError, ImageDataset
 from dinov2_eq.data.datasets.data_string import check_split
-from dinov2_eq.data.datasets.decode import decode_image
+from dinov2_eq.data.datasets.decode import EncodedImages
+from dinov2_eq.data.datasets.devkit import DEVKIT_META, VAL_LABELS, read_devkit
+from dinov2_eq.data.datasets.listing import (
+    EXTENSIONS,
+    LeftOut,
+    check_folder,
+    describe,
+    list_folders,
+    list_images,
+    warn_left_out,
+)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-VAL_LABELS = "ILSVRC2012_validation_ground_truth.txt"
-DEVKIT_META = "meta.mat"
+logger = logging.getLogger(__name__)
 
 
-class Folder(ImageDataset):
+class Folder(EncodedImages):
     """All images below `root`, at any depth, in the order of their paths; no labels."""
 
     labels_hint = "Folder has no labels; where the images lie in one folder for each class, write ImageFolder:root=..."
 
     def __init__(self, root: str) -> None:
         self.root = check_folder(root)
-        self._set_paths(list_images(self.root))
+        left_out = LeftOut(self.root.joinpath)
+        self._set_paths(list_images(self.root, left_out), left_out)
 
-    def _set_paths(self, paths: list[str]) -> None:
+    def _set_paths(self, paths: list[str], left_out: LeftOut) -> None:
+        found = left_out.found()
         if not paths:
-            raise DataError(f"{self.root} holds no images (looked for {', '.join(EXTENSIONS)}, at any depth)")
+            others = describe(found, "; left out are ")
+            raise DataError(f"{self.root} holds no images (looked for {', '.join(EXTENSIONS)}, at any depth){others}")
+        warn_left_out(str(self.root), found)
         # One array instead of a list: forked workers share it, and millions of paths stay small.
         self._paths = np.array([os.fsencode(path) for path in paths])
 
@@ -36,9 +48,8 @@ class Folder(ImageDataset):
     def name(self, index: int) -> str:
         return str(self.root / os.fsdecode(self._paths[index]))
 
-    def read(self, index: int) -> Image.Image:
-        path = self.name(index)
-        return decode_image(Path(path), path)
+    def content(self, index: int) -> Path:
+        return Path(self.name(index))
 
 
 class ImageFolder(Folder):
@@ -49,16 +60,22 @@ class ImageFolder(Folder):
         self._set_classes(list_folders(self.root))
 
     def _set_classes(self, class_names: list[str]) -> None:
+        left_out = LeftOut(self.root.joinpath)
+        for path in list_images(self.root, left_out, skip=set(class_names)):
+            left_out.add("images beside the class folders", path)
         if not class_names:
-            raise DataError(f"{self.root} has no class folders; for unlabelled images write Folder:root={self.root}")
+            others = describe(left_out.found(), " beside ")
+            raise DataError(
+                f"{self.root} has no class folders{others}; for unlabelled images write Folder:root={self.root}"
+            )
         self.class_names = class_names
         paths, labels = [], []
         for label, class_name in enumerate(class_names):
             if (self.root / class_name).is_dir():
-                found = [os.path.join(class_name, path) for path in list_images(self.root / class_name)]
+                found = list_images(self.root, left_out, start=class_name)
                 paths += found
                 labels += [label] * len(found)
-        self._set_paths(paths)
+        self._set_paths(paths, left_out)
         self.labels = np.array(labels, dtype=np.int64)
 
 
@@ -84,61 +101,29 @@ class FlatImageNetVal(Folder):
 
     def __init__(self, root: Path) -> None:
         super().__init__(str(root / "val"))
-        for devkit in (root, root / "data", root / "ILSVRC2012_devkit_t12" / "data"):
+        self._devkits = (root, root / "data", root / "ILSVRC2012_devkit_t12" / "data")
+
+    def read_labels(self) -> tuple[np.ndarray | None, list[str] | None]:
+        for devkit in self._devkits:
             if (devkit / VAL_LABELS).is_file() and (devkit / DEVKIT_META).is_file():
-                self.labels, self.class_names = self._read_devkit(devkit)
-                break
-
-    def _read_devkit(self, devkit: Path) -> tuple[np.ndarray, list[str]]:
-        from scipy.io import loadmat  # only here, and slow to import
-
-        synsets = loadmat(devkit / DEVKIT_META, squeeze_me=True)["synsets"]
-        leaves = synsets[synsets["num_children"] == 0]
-        class_names = sorted(str(wnid) for wnid in leaves["WNID"])
-        # The development kit numbers the classes in an order of its own, from 1.
-        label_of_id = {
-            int(number): class_names.index(str(wnid))
-            for number, wnid in zip(leaves["ILSVRC2012_ID"], leaves["WNID"], strict=True)
-        }
-        numbers = np.loadtxt(devkit / VAL_LABELS, dtype=np.int64, ndmin=1)
-        if len(numbers) != len(self):
-            raise DataError(f"{devkit / VAL_LABELS} has {len(numbers)} lines, but {self.root} holds {len(self)} images")
-        return np.array([label_of_id[int(number)] for number in numbers], dtype=np.int64), class_names
+                labels, class_names = read_devkit(devkit)
+                if len(labels) != len(self):
+                    raise DataError(
+                        f"{devkit / VAL_LABELS} has {len(labels)} lines, but {self.root} holds {len(self)} images"
+                    )
+                return labels, class_names
+        return None, None
 
 
-def imagenet(root: str, split: str = "TRAIN") -> ImageDataset:
-    """ImageNet in its stock layout: train/<wnid>/, and val/<wnid>/ or val/ILSVRC2012_val_*.JPEG."""
+def imagenet(root: str, split: str = "TRAIN", extra: str = "") -> ImageDataset:
+    """ImageNet in its stock layout: train/<wnid>/, and val/<wnid>/ or val/ILSVRC2012_val_*.JPEG.
+
+    `extra` is accepted because DINOv2's data strings have it.
+    """
+    if extra:
+        logger.info("extra=%s is not needed: the folders themselves are read", extra)
     check_split(split, ("TRAIN", "VAL"))
     folder = check_folder(os.path.join(check_folder(root), split.lower()))
     if split == "VAL" and not list_folders(folder):
         return FlatImageNetVal(Path(root))
     return ImageNetSplit(Path(root), split.lower())
-
-
-def check_folder(path: str) -> Path:
-    if not os.path.isdir(path):
-        raise DataError(f"there is no folder {path}")
-    return Path(path)
-
-
-def list_folders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def list_images(root: Path) -> list[str]:
-    """Paths below `root` and relative to it, sorted; links are followed, hidden files are not read."""
-    found, visited = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # a link that leads back up
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        relative = os.path.relpath(folder, root)
-        found += [
-            os.path.normpath(os.path.join(relative, name))
-            for name in files
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
-    return sorted(found)

@@ -6,13 +6,15 @@ import os
 import re
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from dinov2_eq.data.datasets.base import DataError, ImageDataset, UnreadableImage
-from dinov2_eq.data.datasets.decode import decode_image
-from dinov2_eq.data.datasets.tar_index import NO_LABEL, index_tar
+from dinov2_eq.data.datasets.base import DataError
+from dinov2_eq.data.datasets.decode import EncodedImages
+from dinov2_eq.data.datasets.listing import Found, LeftOut, check_folder, describe, list_files, warn_left_out
+from dinov2_eq.data.datasets.tar_index import index_tar
+from dinov2_eq.data.datasets.tar_scan import NO_LABEL, TarImages
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +23,13 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
-class WebDataset(ImageDataset):
+class WebDataset(EncodedImages):
     """The images of uncompressed tar files on a file system.
 
     Args:
         urls: a path, a glob pattern, or paths with ranges such as train-{000000..000146}.tar; several joined by `::`.
-        image: extension of the images, such as `left.png`; by default any usual one.
+        image: all after the first dot of the images' names, such as `left.png`; by default any file with a usual
+            extension is an image.
         label: extension of the files with the label, a whole number.
 
     A read takes the bytes of its image only, wherever they lie, so that a shuffle over all images costs no more than
@@ -39,16 +42,28 @@ class WebDataset(ImageDataset):
     )
 
     def __init__(self, urls: str, image: str = "", label: str = "cls") -> None:
-        self._shards = list_shards(urls)
-        image, label = _check_extension("image", image), _check_extension("label", label)
-        logger.info("reading the index of %d tar files, or scanning those that have none", len(self._shards))
+        self._open(urls, list_shards(urls), _check_extension("image", image), _check_extension("label", label))
+
+    def _open(self, where: str, shards: list[str], image: str, label: str) -> None:
+        self._shards = shards
+        logger.info("reading the index of %d tar files, or scanning those that have none", len(shards))
         with ThreadPoolExecutor(INDEX_THREADS) as pool:
-            tables = list(pool.map(lambda shard: index_tar(shard, image, label), self._shards))
-        self._ends = np.cumsum([len(table) for table in tables])  # first image after each shard
-        self._places = np.concatenate([table[:, :2] for table in tables])  # [num_images, 2]: byte offset, size
-        labels = np.concatenate([table[:, 2] for table in tables])
-        if (labels != NO_LABEL).any():
-            self.labels = labels
+            tables = list(pool.map(lambda shard: index_tar(shard, image, label), shards))
+        self._ends = np.cumsum([len(table.rows) for table in tables])  # first image after each shard
+        rows = np.concatenate([table.rows for table in tables])
+        self._places = rows[:, :2]  # [num_images, 2]: byte offset, size
+        self._labels = rows[:, 2]
+        by_shard = list(zip(shards, tables, strict=True))
+        self._bad_label = next((f"{shard}/{table.bad_label}" for shard, table in by_shard if table.bad_label), "")
+        _warn_of_others(where, by_shard)
+
+    def read_labels(self) -> tuple[np.ndarray | None, list[str] | None]:
+        if self._bad_label:
+            raise DataError(
+                f"{self._bad_label}; a label is a whole number, as text. Name the extension that holds it by "
+                "label=<extension>."
+            )
+        return (self._labels if (self._labels != NO_LABEL).any() else None), None
 
     def __len__(self) -> int:
         return len(self._places)
@@ -62,18 +77,12 @@ class WebDataset(ImageDataset):
         except (OSError, tarfile.TarError):
             return f"{shard}, image at byte {offset}"
 
-    def read(self, index: int) -> Image.Image:
+    def content(self, index: int) -> bytes:
         offset, size = self._places[index].tolist()
-        try:
-            content = self._read_bytes(index, offset, size)
-            if len(content) < size:
-                raise EOFError("the shard has become shorter since it was indexed")
-        except (OSError, EOFError) as error:
-            raise UnreadableImage(self.name(index), f"{type(error).__name__}: {error}") from error
-        try:
-            return decode_image(content, "")
-        except UnreadableImage as error:
-            raise UnreadableImage(self.name(index), error.reason) from error
+        content = self._read_bytes(index, offset, size)
+        if len(content) < size:
+            raise EOFError("the shard has become shorter since it was indexed")
+        return content
 
     def _shard(self, index: int) -> str:
         return self._shards[int(np.searchsorted(self._ends, index, side="right"))]
@@ -81,6 +90,48 @@ class WebDataset(ImageDataset):
     def _read_bytes(self, index: int, offset: int, size: int) -> bytes:
         with open(self._shard(index), "rb", buffering=0) as file:
             return os.pread(file.fileno(), size, offset)
+
+
+class ClassTars(WebDataset):
+    """One uncompressed tar file in `root` for each class, as ImageNet-22k comes; labels are ranks of their names."""
+
+    def __init__(self, root: str, extra: str = "") -> None:
+        folder, shards = check_folder(root), []
+        left_out = LeftOut(folder.joinpath)
+        for name, _ in list_files(folder, left_out):
+            if name.endswith(".tar") and not name.startswith(".") and "/" not in name:
+                shards.append(name)
+            else:
+                left_out.look_at(name)
+        if not shards:
+            others = describe(left_out.found(), "; left out are ")
+            raise DataError(f"{root} holds no *.tar; give the folder with one tar file for each class{others}")
+        ignored = f"; extra={extra} is not needed" if extra else ""
+        logger.info("ImageNet22k: reading %s/*.tar as WebDataset does, with a class for each tar file%s", root, ignored)
+        warn_left_out(root, left_out.found())
+        self._open(root, [str(folder / name) for name in sorted(shards)], image="", label="cls")
+
+    def read_labels(self) -> tuple[np.ndarray, list[str]]:
+        sizes = np.diff(self._ends, prepend=0)
+        return np.repeat(np.arange(len(sizes)), sizes), [Path(shard).stem for shard in self._shards]
+
+
+def _warn_of_others(where: str, tables: list[tuple[str, TarImages]]) -> None:
+    """Of what was left out in all tar files, and of samples with several images."""
+    left_out: Found = {}
+    for shard, table in tables:
+        for kind, (count, example) in table.left_out.items():
+            before, first = left_out.get(kind, (0, f"{shard}/{example}"))
+            left_out[kind] = before + count, first
+    warn_left_out(where, left_out)
+    shared = [(f"{shard}/{table.shared[1]}", table.shared[0]) for shard, table in tables if table.shared[0]]
+    if shared:
+        (example, _), number = shared[0], sum(count for _, count in shared)
+        logger.warning(
+            "%s: %d images have their sample in common with others, such as %s, and all of them are read; "
+            "image=%s reads one of each sample",
+            *(where, number, example, os.path.basename(example).partition(".")[2]),
+        )
 
 
 def list_shards(urls: str) -> list[str]:

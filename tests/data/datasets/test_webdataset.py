@@ -121,6 +121,165 @@ def test_missing_labels(tmp_path):
         require_labels(build_dataset(f"WebDataset:urls={path}"), "k-NN")
 
 
+@pytest.mark.parametrize("content", [b"cat", b"9" * 30, b"", b"1.5"])
+def test_training_needs_no_usable_labels(tmp_path, content):
+    files = {"0.png": picture(0), "0.cls": b"7", "1.png": picture(1), "1.cls": content, "2.cls": b"dog"}
+    string = f"WebDataset:urls={write_tar(tmp_path / 'a.tar', files)}"
+    for _ in range(2):  # scanned, and from the index
+        dataset = build_dataset(string)
+        assert number_of(dataset, 1) == 1
+        message = rf"k-NN needs labels.*a\.tar/1\.cls holds {content!r}; a label is a whole number.*label=<extension>"
+        with pytest.raises(DataError, match=message.replace("b'", "b.")):
+            require_labels(dataset, "k-NN")
+
+
+# which files are images
+
+
+def images_of(path, options=""):
+    """What the dataset reads: the numbers of its pictures."""
+    dataset = build_dataset(f"WebDataset:urls={path}{options}")
+    return [number_of(dataset, index) for index in range(len(dataset))]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["img_5.png", "img_6.png", "img_6.5.png"],
+        ["scan v1.0.png", "scan v1.1.png", "a.b/scan v2.0.png"],
+        ["1.2.840.113.png", "1.2.840.114.png", "1.png"],
+        ["./photo.of.a.cat.PNG", "photo.of.a.dog.png"],
+        ["0001.5.png", "0001.jpg"],
+    ],
+)
+def test_names_may_hold_dots(tmp_path, caplog, names):
+    path = write_tar(tmp_path / "a.tar", {name: picture(number) for number, name in enumerate(names)})
+    assert images_of(path) == list(range(len(names)))
+    assert not [message for message in caplog.messages if "left out" in message]
+
+
+def test_labels_of_names_with_dots(tmp_path):
+    names = {"a.1.png": b"1", "a.2.cls": b"2", "a.2.png": b"", "b.3.png": b"", "b.cls": b"3"}
+    files = {name: picture(0) if name.endswith("png") else content for name, content in names.items()}
+    files["a.1.cls"] = b"1"
+    dataset = build_dataset(f"WebDataset:urls={write_tar(tmp_path / 'a.tar', files)}")
+    assert dataset.labels.tolist() == [1, 2, 3]
+
+
+def warnings_of(path, caplog, options=""):
+    """What is logged at the first start, which is what the second one says, that reads the index."""
+    logged = []
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            build_dataset(f"WebDataset:urls={path}{options}")
+        logged.append(caplog.messages)
+    assert logged[0] == logged[1]
+    return logged[0]
+
+
+def test_parts_of_a_sample_are_left_out_and_named(tmp_path, caplog):
+    for shard in range(2):
+        files = {f"{n}.{part}": picture(n) for n in range(3) for part in ("jpg", "seg.png", "depth.png")}
+        write_tar(tmp_path / f"{shard}.tar", files)
+    assert images_of(tmp_path / "0.tar") == [0, 1, 2]
+    (warning,) = warnings_of(f"{tmp_path}/*.tar", caplog)
+    example = f"such as {tmp_path}/0.tar/0.seg.png; image=seg.png reads these instead)"
+    assert f"left out are images beside a plain one of their sample (12, {example}" in warning
+    (warning,) = warnings_of(f"{tmp_path}/*.tar", caplog, ":image=seg.png")
+    assert f"images whose extension is not seg.png (12, such as {tmp_path}/0.tar/0.jpg)" in warning
+
+
+def test_samples_with_several_images_are_named(tmp_path, caplog):
+    files = {f"{n}.{part}.png": picture(n) for n in range(3) for part in ("left", "right")}
+    path = write_tar(tmp_path / "a.tar", files | {"photo.of.me.png": picture(9)})
+    assert images_of(path) == [0, 0, 1, 1, 2, 2, 9]
+    (warning,) = warnings_of(path, caplog)
+    assert f"6 images have their sample in common with others, such as {path}/0.left.png" in warning
+    assert "image=left.png reads one of each sample" in warning
+    assert images_of(path, ":image=left.png") == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (".1.png", "hidden image files"),
+        ("in/1.psd", "image files of kinds that are not read here"),
+        ("in/1", "images without a usual ending"),
+        ("n01.tar", "archives"),
+        ("1.cls", "labels without an image"),
+    ],
+)
+def test_other_files_are_counted_and_named(tmp_path, caplog, name, words):
+    path = write_tar(tmp_path / "a.tar", {"0.png": picture(0), name: picture(1), "0.json": b"{}", "._0.png": b"x"})
+    (warning,) = warnings_of(path, caplog)
+    assert f"{path}: left out are {words} (1, such as {path}/{name})." in warning
+
+
+def add_link(tar, name, target, kind):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    tar.addfile(member)
+
+
+def test_links_are_followed(tmp_path, caplog):
+    path = write_tar(tmp_path / "a.tar", {"in/0.png": picture(5), "blobs/x": b"4"})
+    with tarfile.open(path, "a") as tar:
+        add_link(tar, "in/1.png", "in/0.png", tarfile.LNKTYPE)
+        add_link(tar, "in/2.png", "0.png", tarfile.SYMTYPE)
+        add_link(tar, "3.png", "./in/../in/2.png", tarfile.SYMTYPE)
+        add_link(tar, "3.cls", "blobs/x", tarfile.SYMTYPE)
+        add_link(tar, "4.png", "nowhere.png", tarfile.SYMTYPE)
+        add_link(tar, "5.png", "5.png", tarfile.SYMTYPE)
+        add_link(tar, "6.png", "nowhere.png", tarfile.LNKTYPE)
+        add_link(tar, "7.png", "", tarfile.FIFOTYPE)
+    assert images_of(path) == [5, 5, 5, 5]
+    assert build_dataset(f"WebDataset:urls={path}").labels.tolist() == [-1, -1, -1, 4]
+    (warning,) = warnings_of(path, caplog)
+    assert f"broken links and special files (4, such as {path}/4.png)" in warning
+
+
+def test_sparse_images_are_refused(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        member = tarfile.TarInfo("0.png")
+        member.size = 512
+        member.pax_headers = {"GNU.sparse.map": "0,512", "GNU.sparse.size": "1024", "GNU.sparse.numblocks": "1"}
+        tar.addfile(member, io.BytesIO(bytes(512)))
+    with pytest.raises(DataError, match=r"a\.tar/0\.png is stored as a sparse file.*without --sparse"):
+        build_dataset(f"WebDataset:urls={path}")
+
+
+def test_joined_tars_are_refused(tmp_path):
+    parts = [write_tar(tmp_path / f"{n}.tar", {f"{n}.png": picture(n)}).read_bytes() for n in range(2)]
+    (tmp_path / "both.tar").write_bytes(b"".join(parts))
+    with pytest.raises(DataError, match=r"both\.tar goes on after the end of its archive, at byte 1024.*--concatenate"):
+        build_dataset(f"WebDataset:urls={tmp_path}/both.tar")
+    (tmp_path / "both.tar").write_bytes(parts[0] + bytes(3_000_001))
+    assert images_of(tmp_path / "both.tar") == [0]
+
+
+# class tars
+
+
+def test_imagenet22k_is_a_folder_of_class_tars(tmp_path, caplog):
+    for number, wnid in enumerate(["n03", "n01"]):
+        files = {f"{wnid}_{n}.JPEG": picture(10 * number + n) for n in range(2 + number)}
+        write_tar(tmp_path / "in{1,2}" / f"{wnid}.tar", files)
+    (tmp_path / "in{1,2}" / "n02.tar.gz").write_bytes(b"")
+    with caplog.at_level(logging.INFO):
+        dataset = build_dataset(f"ImageNet22k:root={tmp_path}/in{{1,2}}:extra=/no/where")
+    assert [number_of(dataset, index) for index in range(5)] == [10, 11, 12, 0, 1]
+    assert require_labels(dataset, "k-NN").tolist() == [0, 0, 0, 1, 1] and dataset.class_names == ["n01", "n03"]
+    assert "with a class for each tar file; extra=/no/where is not needed" in caplog.messages[0]
+    assert "archives (1, such as n02.tar.gz)" in caplog.messages[1]
+    assert pickle.loads(pickle.dumps(dataset)).labels.tolist() == [0, 0, 0, 1, 1]
+    with pytest.raises(DataError, match=r"ImageNet22k needs root=\.\.\., as in 'ImageNet22k:root=\.\.\.'"):
+        build_dataset("ImageNet22k:extra=/no/where")
+    with pytest.raises(DataError, match=r"holds no \*\.tar"):
+        build_dataset(f"ImageNet22k:root={tmp_path}")
+
+
 # the index
 
 
@@ -250,8 +409,11 @@ def test_files_that_are_no_shards(tmp_path, content, message):
     [
         ({"1.json": b"{}", "1.cls": b"1"}, r"a\.tar holds no images \(looked for \.jpg,.*extensions are: cls, json"),
         ({"1.png": b"", "1.jpg": b""}, r"two images for the sample '1', 1\.png and 1\.jpg\. Choose one by image="),
-        ({"1.png": b"", "1.cls": b"cat"}, r"a\.tar/1\.cls holds b'cat'; a label is a whole number.*label=<extension>"),
-        ({"1.png": b"", "1.cls": b"9" * 30}, "a label is a whole number"),
+        ({"1.x.png": b"", "1.x.jpg": b""}, r"two images for the sample '1\.x', 1\.x\.png and 1\.x\.jpg"),
+        (
+            {".1.png": b"", "2.tar": b""},
+            r"are: tar\); left out are hidden image files \(1, such as \.1\.png\); archives",
+        ),
     ],
 )
 def test_shards_with_other_files(tmp_path, files, message):

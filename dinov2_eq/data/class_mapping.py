@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -27,7 +26,7 @@ def read_class_mapping(path: Path) -> ClassMapping:
         raise FileNotFoundError(f"Class mapping {path} does not exist") from None
     except OSError as error:
         raise OSError(f"Class mapping {path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, EOFError, BadZipFile) as error:
+    except Exception as error:  # numpy raises whatever it stumbles over in a damaged file
         raise ValueError(f"Class mapping {path} is no .npy file of whole numbers: {error}") from None
     expected = (
         f"Class mapping {path} must be a list of different whole numbers, the training labels of classes 0, 1, ..."

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from dinov2_eq.data.datasets import DataError, build_dataset
-from dinov2_eq.evaluation.labelled import (
+from dinov2_eq.data.labelled import (
     LabelledImages,
     draw_per_class,
     draw_subset,
@@ -64,6 +64,16 @@ def test_classes_that_training_lacks(tmp_path):
         DataError, match=r"2 of the 10 classes of 'Shapes:num=10:size=8' have no image .* \(labels 8, 9\)"
     ):
         read_labelled("Shapes:num=8:size=8", ["Shapes:num=10:size=8"], "k-NN")
+
+
+def test_classes_that_the_chosen_images_lack():
+    val = "Shapes:split=VAL:num=10:size=8"
+    with pytest.raises(DataError, match=r"have no image in .*, or raise --max-images \(it is 12\)"):
+        read_labelled(SHAPES, [val], "k-NN", 12)
+    train, others = read_labelled(SHAPES, [val], "k-NN", 12, classes_without_images=True)
+    assert len(train.labels.unique()) < 10 and others.labels.tolist() == list(range(10))
+    with pytest.raises(DataError, match=r"2 of the 10 classes .* \(labels 8, 9\).* the same classes\.$"):
+        read_labelled("Shapes:num=8:size=8", [val], "k-NN", 12, classes_without_images=True)
 
 
 def test_labels_that_mean_something_else(tmp_path):

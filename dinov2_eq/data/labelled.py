@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2_eq.data.class_mapping import ClassMapping, read_class_mapping
 from dinov2_eq.data.datasets import DataError, ImageDataset, build_dataset, require_labels
 from dinov2_eq.data.loaders import fixed_subset
 from dinov2_eq.data.seeding import Stream, torch_generator
-from dinov2_eq.evaluation.class_mapping import ClassMapping, read_class_mapping
 
 ALL_IMAGES = -1  # of each class
 NUM_SHOWN = 5  # labels in a message
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 class LabelledImages(NamedTuple):
     dataset: ImageDataset
     indices: np.ndarray  # [N] int64, those of the dataset that take part, ascending
-    labels: Tensor  # [N] int64, 0 .. num_classes - 1, where every class has training images; or places in `classes`
+    labels: Tensor  # [N] int64, 0 .. num_classes - 1, the classes of the training images; or places in `classes`
     classes: Tensor | None = None  # [M] int64: the only classes that an answer is chosen from; None: all
 
     def take(self, positions: Tensor) -> "LabelledImages":
@@ -37,6 +37,7 @@ def read_labelled(
     what: str,
     max_images: int | None = None,
     class_mappings: Sequence[Path | None] | None = None,
+    classes_without_images: bool = False,
 ) -> list[LabelledImages]:
     """Opens a training dataset and those it is to answer for; labels that `train` does not use are closed up.
 
@@ -46,6 +47,7 @@ def read_labelled(
         max_images: of each dataset, the first so many of a fixed shuffle; None: all.
         class_mappings: for each of the `others` a file, see `read_class_mapping`, or None where labels are those of
             `train`; None: for none of them.
+        classes_without_images: count all classes of `train`, also those that have no image among the `max_images`.
 
     Returns:
         `train`, then the `others`.
@@ -63,11 +65,13 @@ def read_labelled(
         if not len(indices):
             raise DataError(f"{what} needs images, and {data_string!r} has none.")
         found.append((dataset, indices, labels[indices]))
-    classes = np.unique(found[0][2])
+    classes = np.unique(found[0][0].labels if classes_without_images else found[0][2])
+    more_help = max_images is not None and not classes_without_images
+    or_more = f", or raise --max-images (it is {max_images})" if more_help else ""
     if len(classes) < 2:
         raise DataError(
             f"{what} needs two classes or more, and all {len(found[0][1])} images of {train!r} that are used have "
-            f"label {classes[0]}. Use data with several classes" + _or_more_images(max_images)
+            f"label {classes[0]}. Use data with several classes{or_more}."
         )
 
     def places(labels: np.ndarray) -> Tensor:
@@ -77,18 +81,18 @@ def read_labelled(
     images = [LabelledImages(train_dataset, indices, places(labels))]
     for (dataset, indices, labels), mapping in zip(rest, mappings, strict=True):
         if mapping is None:
-            _require_known(classes, train, dataset, labels, what, max_images)
+            _require_known(classes, train, dataset, labels, what, or_more)
             _require_same_names(train_dataset, dataset, labels)
             images.append(LabelledImages(dataset, indices, places(labels)))
         else:
-            _require_fit(mapping, classes, train, dataset, labels, max_images)
+            _require_fit(mapping, classes, train, dataset, labels, or_more)
             _tell_other_names(train_dataset, dataset, labels, mapping.labels)
             images.append(LabelledImages(dataset, indices, torch.from_numpy(labels), places(mapping.labels)))
     return images
 
 
 def _require_known(
-    classes: np.ndarray, train: str, dataset: ImageDataset, labels: np.ndarray, what: str, max_images: int | None
+    classes: np.ndarray, train: str, dataset: ImageDataset, labels: np.ndarray, what: str, or_more: str
 ) -> None:
     unknown = np.setdiff1d(labels, classes)
     if len(unknown):
@@ -96,7 +100,7 @@ def _require_known(
         raise DataError(
             f"{what}: {len(unknown)} of the {len(np.unique(labels))} classes of {dataset.data_string!r} have no image "
             f"in {train!r} (labels {shown}), so no answer about them can be right. Use datasets with the same classes"
-            + _or_more_images(max_images)
+            f"{or_more}."
         )
 
 
@@ -116,7 +120,7 @@ def _require_fit(
     train: str,
     dataset: ImageDataset,
     labels: np.ndarray,
-    max_images: int | None,
+    or_more: str,
 ) -> None:
     if labels.max() >= len(mapping.labels):
         raise DataError(
@@ -126,7 +130,7 @@ def _require_fit(
     if len(unknown := np.setdiff1d(mapping.labels, classes)):
         raise DataError(
             f"Class mapping {mapping.path} names label {unknown[0]}, of which {train!r} has no image. Map to "
-            "labels of training" + _or_more_images(max_images)
+            f"labels of training{or_more}."
         )
 
 
@@ -152,10 +156,6 @@ def _other_names(
         for label, number in zip(labels.tolist(), trained.tolist(), strict=True)
         if number < len(train.class_names) and train.class_names[number] != dataset.class_names[label]
     ]
-
-
-def _or_more_images(max_images: int | None) -> str:
-    return "." if max_images is None else f", or raise --max-images (it is {max_images})."
 
 
 def draw_per_class(labels: Tensor, num_images: int, seed: int, flag: str) -> Tensor:

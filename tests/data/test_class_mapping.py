@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dinov2_eq.evaluation.class_mapping import read_class_mapping
+from dinov2_eq.data.class_mapping import read_class_mapping
 
 
 def test_reads_any_whole_numbers(tmp_path):
