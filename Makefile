@@ -6,13 +6,18 @@ DEMO ?= demo
 # Packages come without bytecode. It is written where a module is first imported, also where the shell forbids that.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test lint format clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: demo test test-cluster lint format clean
 
 demo: $(VENV)/.installed  ## pretrain on generated images, with the task and without, probe both and write a report
 	BIN=$(BIN) tools/demo.sh $(DEMO)
 
-test: $(VENV)/.installed-dev  ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+test: $(VENV)/.installed-dev  ## all tests but those of the next line
+	$(PYTEST) --dist worksteal -m "not cluster" tests
+
+test-cluster: $(VENV)/.installed-dev  ## a real SLURM with two nodes, torchrun, and processes that are killed
+	$(PYTEST) --dist loadscope -m cluster tests
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -45,6 +45,7 @@ def require(folder, step, value):
     assert loaded["model"]["weight"].eq(value).all()
 
 
+@pytest.mark.cluster
 def test_killed_during_a_save(tmp_path):
     with subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "writing\n"

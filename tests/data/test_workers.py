@@ -81,6 +81,7 @@ def test_workers_end_with_an_unfinished_iterator():
     wait_until_gone(pids, timeout_s=10)
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("context", ["fork", "forkserver"])
 @pytest.mark.parametrize("how", ["raised", "killed"])
 def test_workers_end_with_the_main_process(how, context):
@@ -107,6 +108,7 @@ def read_after_a_kill():
     return "nothing was raised", 0.0
 
 
+@pytest.mark.cluster
 def test_a_killed_worker_is_reported_at_once():
     ((message, seconds),) = run_ranks(read_after_a_kill, 1)
     assert re.search(

@@ -187,6 +187,7 @@ def test_words_of_submit_are_those_of_a_shell(tmp_path, monkeypatch, capsys):
     assert calls[0][:4] == ["submit", "knn", "--partition", "gpu one"]
 
 
+@pytest.mark.cluster
 def test_sigterm_ends_the_evaluation_under_way(tmp_path, capsys):
     """A real program, which would go on for long."""
     (tmp_path / "list.yaml").write_text(LIST.replace("num=30", "num=100000"))

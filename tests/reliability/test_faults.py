@@ -18,6 +18,8 @@ from dinov2_eq.logging import setup_logging
 from tests.processes import start_ranks
 from tests.reliability.runs import Run, exit_codes
 
+pytestmark = pytest.mark.cluster
+
 KILLED = -signal.SIGKILL
 NAME = r"process {} \(host .+, pid \d+\)"
 

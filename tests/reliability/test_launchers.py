@@ -8,8 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.reliability.faults import CHECKPOINTS, FAULT
 from tests.reliability.runs import ARGUMENTS, Run
+
+pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

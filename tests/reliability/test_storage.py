@@ -16,6 +16,8 @@ from tests.disks import FILLER, mounted_disk, remount
 from tests.reliability.faults import PERIOD_STEPS, RUN
 from tests.reliability.runs import STEPS
 
+pytestmark = pytest.mark.cluster
+
 
 def test_a_process_is_killed_during_the_last_save(run, uninterrupted):
     """The others do not train, they wait for the save."""

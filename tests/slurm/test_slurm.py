@@ -22,7 +22,7 @@ from tests.slurm.cluster import Cluster, run, why_not
 from tests.slurm.slow import SIGN
 
 REASON = why_not()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"no SLURM: {REASON}")
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(REASON is not None, reason=f"no SLURM: {REASON}")]
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "slurm.md").read_text()
 ON_CPU = ["--gpus-per-node", "0", "--cpus-per-task", "1", "--mem-gb", "1", "--timeout", "60"]

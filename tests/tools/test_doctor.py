@@ -116,6 +116,7 @@ def test_slurm_that_is_expected_and_does_not_answer(doctor, tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.cluster
 def test_two_nodes_of_a_real_slurm():
     with Cluster():
         command = [*["srun", "-N2", "-n2", "-t5"], *DOCTOR, "--slurm"]
