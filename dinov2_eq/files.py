@@ -3,12 +3,14 @@
 import errno
 import glob
 import hashlib
+import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 TEMPORARY = ".writing"
@@ -74,6 +76,36 @@ def replace_text(path: Path, text: str) -> None:
     """As `path.write_text(text)` in UTF-8, by `whole_file`."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def read_errors_named(path: Path) -> Iterator[None]:
+    """Puts the name of the file into an OSError of the block: Python names files that it cannot open, no others."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The table (a JSON object) that a file holds.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or no table; names the file.
+    """
+    try:
+        with read_errors_named(path):
+            content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not JSON, or it was cut off while it was written or copied ({error}). Make it again"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a table, {{...}}, but holds {str(content)[:40]!r}. Make it again")
+    return content
 
 
 def file_sha256(path: Path) -> str:
