@@ -73,9 +73,9 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """As `path.write_text(text)` in UTF-8, by `whole_file`."""
+    """As `path.write_text(text)` in UTF-8, by `whole_file`; bytes of file names that are not UTF-8 become "\\udce9"."""
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager
@@ -101,11 +101,26 @@ def read_json(path: Path) -> dict[str, Any]:
             content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not JSON, or it was cut off while it was written or copied ({error}). Make it again"
+            f"{path} is not JSON, or it was cut off while it was written or copied ({error}); restore or remake it"
         ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a table, {{...}}, but holds {str(content)[:40]!r}. Make it again")
+        raise ValueError(f"{path} holds {str(content)[:40]!r}, and no table {{...}}; restore or remake it")
     return content
+
+
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """For a block that takes the content of a file apart.
+
+    Raises:
+        ValueError: with the name of the file, where the content is not built as the block expects.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not as this version writes it ({type(error).__name__}: {error}); restore or remake it"
+        ) from None
 
 
 def file_sha256(path: Path) -> str:

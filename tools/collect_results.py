@@ -1,8 +1,8 @@
 """Collects the probes of several runs into one JSON file, and a Markdown table of it beside it."""
 
 import argparse
-import json
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,14 @@ import numpy as np
 
 from dinov2_eq.data.datasets.data_string import parse_data_string
 from dinov2_eq.evaluation.results import write_results
+from dinov2_eq.files import as_written, read_json
 from dinov2_eq.models import ARCHS
 from dinov2_eq.report.runs import Run, load_runs
 
 TASKS = ("rotation", "translation", "color_jitter", "blur")
 MEANS = ("mean_border_free", "mean_masked")
-PROBES = ("knn", "equivariance")
+# The probes, and what their results must have.
+PROBES = {"knn": ("protocol", "results"), "equivariance": ("protocol", "encoder", "rows", "summary")}
 # What may differ between probes whose numbers compare. The rows say at which k.
 NOT_PROTOCOL = {"seconds", "environment", "config_file", "num_workers", "random_init", "nb_knn", "notices", "processes"}
 
@@ -32,11 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     runs = [load_runs([folder])[0] for folder in args.runs]
     for run in runs:
-        for probe in PROBES:
+        for probe, keys in PROBES.items():
+            path = run.folder / f"results_eval_{probe}.json"
             if results_of(run, probe) is None:
-                raise FileNotFoundError(
-                    f"{run.folder} has no results_eval_{probe}.json; 'dinov2-eq eval {probe}' writes it"
-                )
+                raise FileNotFoundError(f"{run.folder} has no {path.name}; 'dinov2-eq eval {probe}' writes it")
+            with as_written(path):
+                itemgetter(*keys)(results_of(run, probe))
     protocols = {f"{probe}_protocol": common_protocol(runs, probe) for probe in PROBES}
     k = choose_k(runs, args.k)
     rows = [*untrained_rows(runs), *map(row_of, runs)]
@@ -89,7 +92,9 @@ def choose_k(runs: Sequence[Run], wanted: int | None) -> str:
 
 def row_of(run: Run) -> dict[str, Any]:
     task, training = run.config["equivariance"], run.config["train"]
-    environment = json.loads((run.folder / "environment.json").read_text())
+    path = run.folder / "environment.json"
+    with as_written(path):
+        device, commit = itemgetter("device", "commit")(read_json(path))
     batch_size = training["batch_size_per_gpu"] * training["accumulation_steps"]
     steps = run.equivariance["encoder"]["step"]
     speeds = run.curve("images_per_second")[1]
@@ -104,8 +109,8 @@ def row_of(run: Run) -> dict[str, Any]:
         "images_seen": steps * batch_size,
         "data": without_folders(training["dataset_path"]),
         **backbone_of(run),
-        "device": environment["device"],
-        "commit": environment["commit"],
+        "device": device,
+        "commit": commit,
         "images_per_second": float(np.median(speeds)) if len(speeds) else None,
         "knn_top1": {k: accuracy["top1"] for k, accuracy in run.knn["results"]["full"].items()},
         **scores_of(run, "trained"),

@@ -35,7 +35,7 @@ def read_yaml(path: Path, *, resolve: bool = False) -> dict[Any, Any]:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} in line {line}; save it as UTF-8"
+            f"{path} is not valid YAML: byte 0x{raw[error.start]:02x} in line {line} is not UTF-8; save it as UTF-8"
         ) from None
     content: Any = None
     try:

@@ -39,8 +39,8 @@ def write(tmp_path, content: str | bytes):
         ("train: {seed: 3}\n---\ntrain: {seed: 4}\n", "is not valid YAML: but found another document"),
         ("train: {seed: \x00}\n", "is not valid YAML"),
         ("train: {seed: '${'}\n", "cannot be used: .*'\\$\\{'"),
-        (b"train: {dataset_path: caf\xe9}\n", "is not UTF-8: byte 0xe9 in line 1"),
-        ("train: {seed: 3}\n".encode("utf-16"), "is not UTF-8: byte 0xff in line 1"),
+        (b"train: {dataset_path: caf\xe9}\n", "is not valid YAML: byte 0xe9 in line 1 is not UTF-8"),
+        ("train: {seed: 3}\n".encode("utf-16"), "is not valid YAML: byte 0xff in line 1 is not UTF-8"),
     ],
 )
 def test_what_is_no_table_is_refused_in_a_sentence(tmp_path, content, message):

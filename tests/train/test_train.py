@@ -21,7 +21,7 @@ from dinov2_eq.train.finite import NonFiniteError
 from dinov2_eq.train.meter import effective_rank
 from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
 from dinov2_eq.train.train import do_train, main
-from tests.helpers import TINY, tiny_config
+from tests.helpers import TINY, in_this_process, tiny_config
 from tests.processes import run_ranks
 
 
@@ -211,6 +211,14 @@ def test_resume_with_a_changed_setting(finished, tmp_path):
     assert "optim.base_lr was 0.001, now 0.0001" in log and "optim.steps was 3, now 4" in log
 
 
+@pytest.mark.parametrize("content", [b"", b"train: {se", b"word", b"\xff", b"train: 3", b"nothing: {known: 1}"])
+def test_resume_with_a_damaged_config(finished, tmp_path, content):
+    shutil.copytree(finished(SHORT), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"(?s)config.yaml.*restore it, or remove it to do without"):
+        do_train(tiny_config(SHORT), tmp_path)
+
+
 def test_resume_with_another_architecture(finished, tmp_path):
     shutil.copytree(finished(SHORT), tmp_path, dirs_exist_ok=True)
     with pytest.raises(ValueError, match=r"is of another architecture: \d+ of \d+ tensors differ.*--no-resume"):
@@ -358,7 +366,7 @@ def test_what_the_config_gives_to_say_is_logged_once(tmp_path):
         assert [log.count(sentence) for log in logs] == [1, 0]
 
 
-def test_names_that_are_not_utf_8(tmp_path):
+def test_names_that_are_not_utf_8(tmp_path, capsys):
     """Of the config file and the data: the run is described, and goes on."""
     root = tmp_path / os.fsdecode(b"caf\xe9")
     root.mkdir()
@@ -376,6 +384,9 @@ def test_names_that_are_not_utf_8(tmp_path):
         assert saved["config"]["train"]["dataset_path"] == data
     assert "dataset_path was" not in (tmp_path / "run/logs/log.0.txt").read_text()
     assert load_encoder(tmp_path / "run").step == 6
+    (root / "run.yaml").write_text("base: debug\nstudent: {block_chunks: 2}\n")
+    assert in_this_process(["train", *argv, "--dry-run", "equivariance.enabled=true", f"MODEL.WEIGHTS={root}"]) == 0
+    assert "caf\\udce9 as student.pretrained_weights=" in capsys.readouterr().out
 
 
 def test_effective_rank():
