@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dinov2_eq.evaluation.command_line import format_table
 from dinov2_eq.evaluation.encoder import Encoder, find_checkpoint, load_encoder
-from dinov2_eq.files import check_writable, read_json
+from dinov2_eq.files import check_writable, read_json, replace_text
 from dinov2_eq.hub import ENTRY_POINTS
 from dinov2_eq.hub.export_card import (
     CHECK_COLUMNS,
@@ -128,7 +128,7 @@ def export(target: str, encoder: Encoder, run: dict[str, Any], folder: Path) -> 
         }
         described = {"config": encoder.config, "step": encoder.step, "parameters": encoder.description["parameters"]}
         code = loading_code(target, file, encoder.config)
-        (temporary / CARD).write_text(model_card(target, code, described, run, checks, note), encoding="utf-8")
+        replace_text(temporary / CARD, model_card(target, code, described, run, checks, note))
         (temporary / RECORD).write_text(to_json(record), encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
