@@ -111,7 +111,7 @@ def read_list(path: Path, output_dir: Path) -> list[Task]:
         if not isinstance(content.get(section), dict) or not content[section]:
             raise ValueError(f"{path} needs the section {section!r}, with a name and what it stands for on each line")
     if unknown := content.keys() - {"encoders", "evaluations"}:
-        raise ValueError(f"{path}: unknown section {sorted(unknown)[0]!r}; known are encoders, evaluations")
+        raise ValueError(f"{path}: unknown section {sorted(map(str, unknown))[0]!r}; known are encoders, evaluations")
     for name in (*content["encoders"], *content["evaluations"]):
         if str(name) in ("", ".", "..") or "/" in str(name):
             raise ValueError(f"{path}: {str(name)!r} is to name a folder of results, so it may not be a path")

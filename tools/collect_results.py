@@ -16,8 +16,7 @@ from dinov2_eq.report.runs import Run, load_runs
 
 TASKS = ("rotation", "translation", "color_jitter", "blur")
 MEANS = ("mean_border_free", "mean_masked")
-# The probes, and what their results must have.
-PROBES = {"knn": ("protocol", "results"), "equivariance": ("protocol", "encoder", "rows", "summary")}
+PROBES = ("knn", "equivariance")
 # What may differ between probes whose numbers compare. The rows say at which k.
 NOT_PROTOCOL = {"seconds", "environment", "config_file", "num_workers", "random_init", "nb_knn", "notices", "processes"}
 
@@ -34,12 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     runs = [load_runs([folder])[0] for folder in args.runs]
     for run in runs:
-        for probe, keys in PROBES.items():
-            path = run.folder / f"results_eval_{probe}.json"
-            if results_of(run, probe) is None:
-                raise FileNotFoundError(f"{run.folder} has no {path.name}; 'dinov2-eq eval {probe}' writes it")
-            with as_written(path):
-                itemgetter(*keys)(results_of(run, probe))
+        for probe in PROBES:
+            check_results(run, probe)
     protocols = {f"{probe}_protocol": common_protocol(runs, probe) for probe in PROBES}
     k = choose_k(runs, args.k)
     rows = [*untrained_rows(runs), *map(row_of, runs)]
@@ -53,20 +48,34 @@ def results_of(run: Run, probe: str) -> dict[str, Any] | None:
     return {"knn": run.knn, "equivariance": run.equivariance}[probe]
 
 
+def check_results(run: Run, probe: str) -> None:
+    """Raises FileNotFoundError where a run was not probed, ValueError where the file is not what the probe writes."""
+    path = run.folder / f"results_eval_{probe}.json"
+    if results_of(run, probe) is None:
+        raise FileNotFoundError(f"{run.folder} has no {path.name}; 'dinov2-eq eval {probe}' writes it")
+    with as_written(path):
+        protocol_of(run, probe)
+        if probe == "knn":
+            accuracies_of(run)
+        else:
+            range(run.equivariance["encoder"]["step"])
+            scores_of(run, "trained")
+
+
+def protocol_of(run: Run, probe: str) -> dict[str, Any]:
+    protocol = {key: value for key, value in results_of(run, probe)["protocol"].items() if key not in NOT_PROTOCOL}
+    return protocol | {key: without_folders(protocol[key]) for key in ("train_dataset", "val_dataset")}
+
+
 def common_protocol(runs: Sequence[Run], probe: str) -> dict[str, Any]:
     """How all runs were probed.
 
     Raises:
         ValueError: one was probed otherwise than the first.
     """
-
-    def protocol_of(run: Run) -> dict[str, Any]:
-        protocol = {key: value for key, value in results_of(run, probe)["protocol"].items() if key not in NOT_PROTOCOL}
-        return protocol | {key: without_folders(protocol[key]) for key in ("train_dataset", "val_dataset")}
-
-    expected = protocol_of(runs[0])
+    expected = protocol_of(runs[0], probe)
     for run in runs[1:]:
-        found = protocol_of(run)
+        found = protocol_of(run, probe)
         if different := [key for key in expected | found if expected.get(key) != found.get(key)]:
             differences = "; ".join(f"{key} is {found.get(key)!r}, not {expected.get(key)!r}" for key in different)
             raise ValueError(
@@ -112,7 +121,7 @@ def row_of(run: Run) -> dict[str, Any]:
         "device": device,
         "commit": commit,
         "images_per_second": float(np.median(speeds)) if len(speeds) else None,
-        "knn_top1": {k: accuracy["top1"] for k, accuracy in run.knn["results"]["full"].items()},
+        "knn_top1": accuracies_of(run),
         **scores_of(run, "trained"),
     }
 
@@ -137,6 +146,10 @@ def backbone_of(run: Run) -> dict[str, Any]:
     }
 
 
+def accuracies_of(run: Run) -> dict[str, float]:
+    return {k: accuracy["top1"] for k, accuracy in run.knn["results"].get("full", {}).items()}
+
+
 def scores_of(run: Run, encoder: str) -> dict[str, Any]:
     """R2 (pooled and mean over components) by task and border, and the means over the tasks."""
     rows = [row for row in run.equivariance["rows"] if row["encoder"] == encoder]
@@ -149,7 +162,9 @@ def scores_of(run: Run, encoder: str) -> dict[str, Any]:
             }
             for row in rows
         },
-        "r2_means": {row["name"]: row["r2_pooled"] for row in run.equivariance["summary"] if row["encoder"] == encoder},
+        "r2_means": {
+            row["name"]: float(row["r2_pooled"]) for row in run.equivariance["summary"] if row["encoder"] == encoder
+        },
     }
 
 

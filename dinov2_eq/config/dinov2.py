@@ -16,7 +16,7 @@ EPOCHS = {
     "teacher.warmup_teacher_temp_epochs": ("teacher.warmup_teacher_temp_steps", 30),
 }
 EVAL_PERIOD, WEIGHTS = "evaluation.eval_period_iterations", "MODEL.WEIGHTS"
-ARCH, MEMORY_EFFICIENT = "student.arch", "_memeff"  # an ending that DINOv2 ignores, too
+ARCH, MEMORY_EFFICIENT = "student.arch", "_memeff"  # an ending that DINOv2 ignores too
 
 PARTS = [
     f"compute_precision.{network}.{part}"
@@ -49,10 +49,6 @@ KEYS = {
     *(f"{part}.{setting}" for part in PARTS for setting in OF_PARTS),
     *NO_MEANING,
 }
-
-STEPS = {ours for ours, _ in EPOCHS.values()}
-DEFAULTS = {"student.ffn_layer": "mlp", "train.dataset_path": "ImageNet:split=TRAIN"}  # where they are not the schema's
-LARGEST = 10**12  # of any length
 
 Source = tuple[str, dict[str, Any]]
 
@@ -105,12 +101,12 @@ def translate(sources: Sequence[Source]) -> Translation:
             raise ValueError(f"{source}: {words} and {key}={values[key]} set the same; leave one of them out")
         values[key] = value
     in_effect = [each for each in readings if not any(each.key in values for _, values in translated[each.place + 1 :])]
-    words = [f"{each.words} as {each.key}={each.value}" for each in in_effect]
+    words = [f"{each.words} is {each.key}={each.value}" for each in in_effect]
     if {each.key for each in in_effect} & {ours for ours, _ in EPOCHS.values()}:
-        words.insert(0, f"an epoch as {length} steps")
+        words.insert(0, f"an epoch is {length} steps")
     elif EPOCH_LENGTH in last:
         left_out[EPOCH_LENGTH] = "all lengths are given in steps"
-    reading = [f"DINOv2's settings are read so: {'; '.join(words)}"] if words else []
+    reading = [f"DINOv2's settings are read as follows: {'; '.join(words)}"] if words else []
     remarks = [f"DINOv2's settings that mean nothing here are left out: {_by_reason(left_out)}"] if left_out else []
     if files := [source for source, values in sources[:-1] if values.keys() & KEYS]:
         translated[0][1].update(DEFAULTS)

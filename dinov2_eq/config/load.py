@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dinov2_eq.config.checks import check
 from dinov2_eq.config.dinov2 import EPOCH_LENGTH, EPOCH_STEPS, KEYS, Source, translate
 from dinov2_eq.config.schema import Config
-from dinov2_eq.config.yaml_files import dump_yaml, first_line, parse_override, read_yaml
+from dinov2_eq.config.yaml_files import dump_yaml, parse_override, read_yaml
 
 COMMAND_LINE = "command line"
 SIMILAR = 0.7  # of two keys, and of their words
@@ -104,7 +104,7 @@ def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str
     """The file, after the file or recipe that its key `base` names (relative to it), and so on."""
     chain = (*above, path)
     if path.resolve() in [other.resolve() for other in above]:
-        raise ValueError(f"{above[0]}: base leads back to where it came from: {' -> '.join(map(str, chain))}")
+        raise ValueError(f"{above[0]}: base leads in a circle: {' -> '.join(map(str, chain))}; cut it")
     values = read_yaml(path)
     bases = []
     if "base" in values:
@@ -170,10 +170,14 @@ def _merge(config: Any, sources: Sequence[Source]) -> Config:
             try:
                 OmegaConf.update(config, key, value, merge=False)
             except OmegaConfBaseException as error:
-                reason = "it is empty" if value is None else first_line(error)
+                reason = "it is empty" if value is None else _reason(error)
                 raise ValueError(f"{source}: wrong value for {key}: {reason}") from None
     try:
         return OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         key = str(error.full_key).partition("[")[0]
-        raise ValueError(f"{origin.get(key)}: wrong value for {key}: {first_line(error)}") from None
+        raise ValueError(f"{origin.get(key)}: wrong value for {key}: {_reason(error)}") from None
+
+
+def _reason(error: OmegaConfBaseException) -> str:
+    return str(error).partition("\n")[0]  # the rest is about OmegaConf

@@ -43,7 +43,8 @@ def read_yaml(path: Path, *, resolve: bool = False) -> dict[Any, Any]:
     except OSError:  # OmegaConf's answer to a number alone
         pass
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path} cannot be used: {first_line(error)}") from None
+        reason = str(error).partition("\n")[0]  # the rest is about OmegaConf
+        raise ValueError(f"{path} cannot be used: {reason}") from None
     except Exception as error:  # YAML's own, and what its constructors make of values such as !!int ""
         raise ValueError(f"{path} is not valid YAML: {_reason(error, text)}") from None
     if not isinstance(content, dict) or not content:
@@ -86,12 +87,8 @@ def dump_yaml(content: Mapping[str, Any]) -> str:
     )
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 def _reason(error: Exception, text: str) -> str:
-    """What is wrong, and the line."""
+    """What is wrong, and in which line."""
     if isinstance(error, MarkedYAMLError) and error.problem and error.problem_mark:
         number = error.problem_mark.line
         line = next(iter(text.splitlines()[number:]), "")

@@ -218,7 +218,7 @@ def _accuracies(results: dict[str, Any]) -> Iterator[float]:
 
 def _scores(results: dict[str, Any]) -> Iterator[float]:
     for row in results["rows"]:
-        itemgetter("task", "border", "encoder")(row)  # there at least
+        "".join(itemgetter("task", "border", "encoder")(row))  # words all of them
         yield from (row["r2_pooled"], row["r2_mean"], *row["r2_components"].values())
 
 

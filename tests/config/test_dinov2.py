@@ -176,13 +176,20 @@ def test_they_are_printed_and_planned(tmp_path, capsys, name):
     assert f"steps              {steps}" in plan and "passes over 640" in plan and "block_chunks (each" in plan
 
 
+def test_a_config_for_evaluations(read):
+    student = {"arch": "vit_large", "patch_size": 14, "num_register_tokens": 4, "interpolate_antialias": True}
+    student |= {"interpolate_offset": 0.0, "block_chunks": 0}
+    config = read({"student": student, "crops": {"global_crops_size": 518, "local_crops_size": 98}}).config
+    assert (config.student.ffn_layer, config.crops.global_crops_size) == ("mlp", 518)
+
+
 def test_what_is_said_about_a_resolved_config(read):
     reading, left_out, plain = read(resolved()).notes
     for words in (
-        "an epoch as 1250 steps",
-        "optim.epochs=100 as optim.steps=125000",
-        "teacher.warmup_teacher_temp_epochs=30 as teacher.warmup_teacher_temp_steps=37500",
-        "compute_precision.*.*.sharding_strategy=SHARD_GRAD_OP as fsdp.strategy=grad_op",
+        "an epoch is 1250 steps",
+        "optim.epochs=100 is optim.steps=125000",
+        "teacher.warmup_teacher_temp_epochs=30 is teacher.warmup_teacher_temp_steps=37500",
+        "compute_precision.*.*.sharding_strategy=SHARD_GRAD_OP is fsdp.strategy=grad_op",
     ):
         assert words in reading
     for key in ("grad_scaler", "reduce_dtype", "buffer_dtype", "param_dtype=fp16", "saveckp_freq", "cache_dataset"):
@@ -277,7 +284,7 @@ def test_what_is_overridden_is_not_said_to_count(read):
             "student.backbone.sharding_strategy='FULL' is not one of NO_SHARD, SHARD_GRAD_OP",
         ),
         # A rule that is broken in steps, explained to who wrote epochs.
-        (LARGE, ["optim.epochs=50"], r"(?s)optim.warmup_steps=100000 is more than .*optim.warmup_epochs=80 as optim"),
+        (LARGE, ["optim.epochs=50"], r"(?s)optim.warmup_steps=100000 is more than .*optim.warmup_epochs=80 is optim"),
     ],
 )
 def test_mistakes(read, settings, overrides, message):
@@ -296,7 +303,7 @@ def parts(setting: str, *values: object) -> list[str]:
 )
 def test_sharding(read, given, strategy):
     found = read(None, *parts("sharding_strategy", given))
-    assert found.config.fsdp.strategy == strategy and f"={given} as fsdp.strategy={strategy}" in found.notes[0]
+    assert found.config.fsdp.strategy == strategy and f"={given} is fsdp.strategy={strategy}" in found.notes[0]
 
 
 def test_sharding_that_differs_from_part_to_part(read):
@@ -308,7 +315,7 @@ def test_sharding_that_differs_from_part_to_part(read):
     found = read(None, "compute_precision.student.backbone.sharding_strategy=FULL_SHARD")
     assert "FULL_SHARD and SHARD_GRAD_OP" in found.notes[0]
     found = read(None, "compute_precision.student.backbone.sharding_strategy=SHARD_GRAD_OP")
-    assert "=SHARD_GRAD_OP as fsdp.strategy=grad_op" in found.notes[0]
+    assert "=SHARD_GRAD_OP is fsdp.strategy=grad_op" in found.notes[0]
 
 
 def test_precision(read):

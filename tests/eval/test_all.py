@@ -132,6 +132,7 @@ def leave_results(given: list[str]) -> int:
         ("encoders: {a: b}", "needs the section 'evaluations'"),
         ("encoders: {a: b}\nevaluations: {knm: {}}", "evaluation 'knm' has no program; give program: knn | linear"),
         ("encoders: {a: b}\nevaluations: {knn: {}}\nmore: 1", "unknown section 'more'"),
+        ("encoders: {a: b}\nevaluations: {knn: {}}\nmore: 1\n2: 3", "unknown section '2'"),
         ("encoders: {a: [b", "is not valid YAML"),
         ("", "must hold sections of keys"),
         ("- a\n- b", "must hold sections of keys"),

@@ -141,7 +141,7 @@ def test_what_the_config_gives_to_say_is_in_the_summary_and_the_job_has_the_sett
     checked = check_training(argv, Resources(1, 0, 1), None)
     for sentence in (
         "block_chunks (each block",
-        "epochs=0.0016 as teacher.warmup_teacher_temp_steps=2",
+        "epochs=0.0016 is teacher.warmup_teacher_temp_steps=2",
         "effective batch",
     ):
         assert checked.summary.count(sentence) == 1

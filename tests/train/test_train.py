@@ -386,7 +386,7 @@ def test_names_that_are_not_utf_8(tmp_path, capsys):
     assert load_encoder(tmp_path / "run").step == 6
     (root / "run.yaml").write_text("base: debug\nstudent: {block_chunks: 2}\n")
     assert in_this_process(["train", *argv, "--dry-run", "equivariance.enabled=true", f"MODEL.WEIGHTS={root}"]) == 0
-    assert "caf\\udce9 as student.pretrained_weights=" in capsys.readouterr().out
+    assert "caf\\udce9 is student.pretrained_weights=" in capsys.readouterr().out
 
 
 def test_effective_rank():
