@@ -3,12 +3,14 @@
 import errno
 import glob
 import hashlib
+import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 TEMPORARY = ".writing"
@@ -71,9 +73,54 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """As `path.write_text(text)` in UTF-8, by `whole_file`."""
+    """As `path.write_text(text)` in UTF-8, by `whole_file`; bytes of file names that are not UTF-8 become "\\udce9"."""
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+@contextmanager
+def read_errors_named(path: Path) -> Iterator[None]:
+    """Puts the name of the file into an OSError of the block: Python names files that it cannot open, no others."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The table (a JSON object) that a file holds.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or no table; names the file.
+    """
+    try:
+        with read_errors_named(path):
+            content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not JSON, or it was cut off while it was written or copied ({error}); restore or remake it"
+        ) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {str(content)[:40]!r}, and no table {{...}}; restore or remake it")
+    return content
+
+
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """For a block that takes the content of a file apart.
+
+    Raises:
+        ValueError: with the name of the file, where the content is not built as the block expects.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not as this version writes it ({type(error).__name__}: {error}); restore or remake it"
+        ) from None
 
 
 def file_sha256(path: Path) -> str:

@@ -13,15 +13,12 @@ from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
+from dinov2_eq.config.yaml_files import read_yaml
 from dinov2_eq.distributed.signals import stops_raise
 from dinov2_eq.evaluation.command_line import encoder_of
 from dinov2_eq.evaluation.encoder import find_checkpoint
 from dinov2_eq.evaluation.summary import Entry, read_numbers, write_summary
-from dinov2_eq.files import check_writable, replace_text
+from dinov2_eq.files import check_writable, read_json, replace_text
 from dinov2_eq.logging import setup_logging
 from dinov2_eq.report import render_evaluations
 from dinov2_eq.run.cli import COMMANDS
@@ -100,16 +97,13 @@ def read_list(path: Path, output_dir: Path) -> list[Task]:
     left out if it is the name, a list is several values, true is a flag without a value and false is --no-FLAG.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"--config-file {path}: no such file")
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+        raise FileNotFoundError(f"--config-file {path}: {'a folder' if path.is_dir() else 'no such file'}")
+    content = read_yaml(path, resolve=True)
     for section in ("encoders", "evaluations"):
-        if not isinstance(content, dict) or not isinstance(content.get(section), dict) or not content[section]:
+        if not isinstance(content.get(section), dict) or not content[section]:
             raise ValueError(f"{path} needs the section {section!r}, with a name and what it stands for on each line")
     if unknown := content.keys() - {"encoders", "evaluations"}:
-        raise ValueError(f"{path}: unknown section {sorted(unknown)[0]!r}; known are encoders, evaluations")
+        raise ValueError(f"{path}: unknown section {sorted(map(str, unknown))[0]!r}; known are encoders, evaluations")
     for name in (*content["encoders"], *content["evaluations"]):
         if str(name) in ("", ".", "..") or "/" in str(name):
             raise ValueError(f"{path}: {str(name)!r} is to name a folder of results, so it may not be a path")
@@ -170,7 +164,7 @@ def carry_out(task: Task, submit: Sequence[str] | None, resubmit: bool) -> Entry
     made_by, log = task.folder / COMMAND, task.folder / LOG
     made_from = {"command": [task.program, *task.argv], "files": stamps(task.argv)}
     before = read_record(made_by)
-    numbers = read_numbers(task.folder)
+    numbers = read_results(task.folder)
     if numbers and before in (made_from | {"submitted": False}, made_from | {"submitted": True}):
         return Entry(task.encoder, task.evaluation, "done", numbers)
     if before == made_from | {"submitted": True} and not resubmit:
@@ -189,24 +183,33 @@ def carry_out(task: Task, submit: Sequence[str] | None, resubmit: bool) -> Entry
     if code:
         if before is not None and submit is None:
             replace_text(made_by, json.dumps(before))
-        lines = log.read_text().strip().splitlines()
+        lines = log.read_text(errors="replace").strip().splitlines()
         note = f"{lines[-1] if lines else f'exit code {code}'} (see {log})"
         logger.error("%s of %s failed: %s", task.evaluation, task.encoder, note)
         return Entry(task.encoder, task.evaluation, "failed", {}, note)
     for path, written_ns in stale.items():
         if path.exists() and path.stat().st_mtime_ns == written_ns:
             path.unlink()
-    numbers = read_numbers(task.folder)
+    numbers = read_results(task.folder)
     if not numbers and submit is None:
         return Entry(task.encoder, task.evaluation, "failed", {}, f"it left no results (see {log})")
     replace_text(made_by, json.dumps(made_from | {"submitted": submit is not None}))
     return Entry(task.encoder, task.evaluation, "done" if numbers else "submitted", numbers)
 
 
+def read_results(folder: Path) -> dict[str, float]:
+    """Numbers of an evaluation; none where a file of them is damaged, so that they are made again."""
+    try:
+        return read_numbers(folder)
+    except ValueError as error:
+        logger.warning("%s", error)
+        return {}
+
+
 def read_record(path: Path) -> dict[str, Any] | None:
     """What `carry_out` wrote beside results; None where it says nothing, so that they are made again."""
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except (FileNotFoundError, ValueError):
         return None
 

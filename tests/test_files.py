@@ -5,7 +5,15 @@ import subprocess
 
 import pytest
 
-from dinov2_eq.files import check_writable, file_sha256, replace_text, whole_file
+from dinov2_eq.files import (
+    as_written,
+    check_writable,
+    file_sha256,
+    read_errors_named,
+    read_json,
+    replace_text,
+    whole_file,
+)
 from tests.disks import fill, mounted_disk
 
 
@@ -49,6 +57,42 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         check_writable(tmp_path / "file" / "results")
     check_writable(tmp_path / "new" / "results")
     assert names(tmp_path / "new" / "results") == []
+
+
+def test_names_that_are_not_utf_8_are_written_escaped(tmp_path):
+    replace_text(tmp_path / "page.html", "caf\udce9 é")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == "caf\\udce9 é"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "is not JSON, or it was cut off"),
+        (b'{"a": 1', "is not JSON, or it was cut off"),
+        (b'{"a": "\xff"}', "is not JSON, or it was cut off"),
+        (bytes(20), "is not JSON, or it was cut off"),
+        (b"[" * 200_000, "is not JSON, or it was cut off"),
+        (b"[1, 2]", "holds '\\[1, 2\\]', and no table"),
+        (b"null", "holds 'None', and no table"),
+        (b'"word"', "holds 'word', and no table"),
+    ],
+)
+def test_json_that_is_no_table_is_named(tmp_path, content, reason):
+    (tmp_path / "file.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/file.json {reason}"):
+        read_json(tmp_path / "file.json")
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"file\.json"):
+        read_json(tmp_path / "file.json")
+    with pytest.raises(OSError, match=r"^\[Errno 5\] Input/output error: 'file.json'$"), read_errors_named("file.json"):
+        raise OSError(errno.EIO, "Input/output error")
+    with (
+        pytest.raises(ValueError, match=r"^a.json is not as this version writes it \(KeyError: 'b'\)"),
+        as_written("a.json"),
+    ):
+        {}["b"]
 
 
 def test_the_checksum_is_that_of_sha256sum(tmp_path):

@@ -1,8 +1,8 @@
 """Collects the probes of several runs into one JSON file, and a Markdown table of it beside it."""
 
 import argparse
-import json
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from dinov2_eq.data.datasets.data_string import parse_data_string
 from dinov2_eq.evaluation.results import write_results
+from dinov2_eq.files import as_written, read_json
 from dinov2_eq.models import ARCHS
 from dinov2_eq.report.runs import Run, load_runs
 
@@ -33,10 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [load_runs([folder])[0] for folder in args.runs]
     for run in runs:
         for probe in PROBES:
-            if results_of(run, probe) is None:
-                raise FileNotFoundError(
-                    f"{run.folder} has no results_eval_{probe}.json; 'dinov2-eq eval {probe}' writes it"
-                )
+            check_results(run, probe)
     protocols = {f"{probe}_protocol": common_protocol(runs, probe) for probe in PROBES}
     k = choose_k(runs, args.k)
     rows = [*untrained_rows(runs), *map(row_of, runs)]
@@ -50,20 +48,34 @@ def results_of(run: Run, probe: str) -> dict[str, Any] | None:
     return {"knn": run.knn, "equivariance": run.equivariance}[probe]
 
 
+def check_results(run: Run, probe: str) -> None:
+    """Raises FileNotFoundError where a run was not probed, ValueError where the file is not what the probe writes."""
+    path = run.folder / f"results_eval_{probe}.json"
+    if results_of(run, probe) is None:
+        raise FileNotFoundError(f"{run.folder} has no {path.name}; 'dinov2-eq eval {probe}' writes it")
+    with as_written(path):
+        protocol_of(run, probe)
+        if probe == "knn":
+            accuracies_of(run)
+        else:
+            range(run.equivariance["encoder"]["step"])
+            scores_of(run, "trained")
+
+
+def protocol_of(run: Run, probe: str) -> dict[str, Any]:
+    protocol = {key: value for key, value in results_of(run, probe)["protocol"].items() if key not in NOT_PROTOCOL}
+    return protocol | {key: without_folders(protocol[key]) for key in ("train_dataset", "val_dataset")}
+
+
 def common_protocol(runs: Sequence[Run], probe: str) -> dict[str, Any]:
     """How all runs were probed.
 
     Raises:
         ValueError: one was probed otherwise than the first.
     """
-
-    def protocol_of(run: Run) -> dict[str, Any]:
-        protocol = {key: value for key, value in results_of(run, probe)["protocol"].items() if key not in NOT_PROTOCOL}
-        return protocol | {key: without_folders(protocol[key]) for key in ("train_dataset", "val_dataset")}
-
-    expected = protocol_of(runs[0])
+    expected = protocol_of(runs[0], probe)
     for run in runs[1:]:
-        found = protocol_of(run)
+        found = protocol_of(run, probe)
         if different := [key for key in expected | found if expected.get(key) != found.get(key)]:
             differences = "; ".join(f"{key} is {found.get(key)!r}, not {expected.get(key)!r}" for key in different)
             raise ValueError(
@@ -89,7 +101,9 @@ def choose_k(runs: Sequence[Run], wanted: int | None) -> str:
 
 def row_of(run: Run) -> dict[str, Any]:
     task, training = run.config["equivariance"], run.config["train"]
-    environment = json.loads((run.folder / "environment.json").read_text())
+    path = run.folder / "environment.json"
+    with as_written(path):
+        device, commit = itemgetter("device", "commit")(read_json(path))
     batch_size = training["batch_size_per_gpu"] * training["accumulation_steps"]
     steps = run.equivariance["encoder"]["step"]
     speeds = run.curve("images_per_second")[1]
@@ -104,10 +118,10 @@ def row_of(run: Run) -> dict[str, Any]:
         "images_seen": steps * batch_size,
         "data": without_folders(training["dataset_path"]),
         **backbone_of(run),
-        "device": environment["device"],
-        "commit": environment["commit"],
+        "device": device,
+        "commit": commit,
         "images_per_second": float(np.median(speeds)) if len(speeds) else None,
-        "knn_top1": {k: accuracy["top1"] for k, accuracy in run.knn["results"]["full"].items()},
+        "knn_top1": accuracies_of(run),
         **scores_of(run, "trained"),
     }
 
@@ -132,6 +146,10 @@ def backbone_of(run: Run) -> dict[str, Any]:
     }
 
 
+def accuracies_of(run: Run) -> dict[str, float]:
+    return {k: accuracy["top1"] for k, accuracy in run.knn["results"].get("full", {}).items()}
+
+
 def scores_of(run: Run, encoder: str) -> dict[str, Any]:
     """R2 (pooled and mean over components) by task and border, and the means over the tasks."""
     rows = [row for row in run.equivariance["rows"] if row["encoder"] == encoder]
@@ -144,7 +162,9 @@ def scores_of(run: Run, encoder: str) -> dict[str, Any]:
             }
             for row in rows
         },
-        "r2_means": {row["name"]: row["r2_pooled"] for row in run.equivariance["summary"] if row["encoder"] == encoder},
+        "r2_means": {
+            row["name"]: float(row["r2_pooled"]) for row in run.equivariance["summary"] if row["encoder"] == encoder
+        },
     }
 
 

@@ -8,7 +8,6 @@ started from.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from matplotlib.figure import Figure
 
 from dinov2_eq.evaluation.report_card import MEANS
 from dinov2_eq.evaluation.results import write_results
+from dinov2_eq.files import as_written, read_json
 from dinov2_eq.report.figures import as_svg
 from dinov2_eq.report.runs import Run, load_runs
 from dinov2_eq.train.online_knn import KNN_TOP1
@@ -64,13 +64,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_probe(folder: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError where the run was not probed."""
+    """Raises FileNotFoundError where the run was not probed, ValueError where the file is not what the probe writes."""
     path = folder / "curve" / "results_eval_equivariance.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} is missing; 'dinov2-eq eval equivariance --output-dir {folder}/curve' makes it"
         )
-    return json.loads(path.read_text())
+    probe = read_json(path)
+    with as_written(path):
+        for name in probe["encoders"]:
+            r2_of(probe, name)
+    return probe
 
 
 def curve_of(run: Run, probe: Mapping[str, Any]) -> list[dict[str, float]]:

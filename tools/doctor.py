@@ -87,7 +87,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_intermixed_args(argv)
     lines: list[Line] = []
     launch = attempt(lines, "launch", find_launch, otherwise=Launch("single"))
-    config = attempt(lines, "config", lambda: load_config(args.config_file, args.overrides), otherwise=None)
+    config = attempt(
+        lines,
+        "config",
+        lambda: load_config(args.config_file, args.overrides, lambda text: lines.append(Line("info", "config", text))),
+        otherwise=None,
+    )
     wanted = config.train.device if config else "auto"
     device = attempt(lines, "device", lambda: pick_device(wanted, launch.local_rank), otherwise=torch.device("cpu"))
     processes = args.gpus or max(launch.local_world_size, torch.cuda.device_count())

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dinov2_eq.evaluation.command_line import format_table
 from dinov2_eq.evaluation.encoder import Encoder, find_checkpoint, load_encoder
-from dinov2_eq.files import check_writable
+from dinov2_eq.files import check_writable, read_json, replace_text
 from dinov2_eq.hub import ENTRY_POINTS
 from dinov2_eq.hub.export_card import (
     CHECK_COLUMNS,
@@ -41,6 +41,7 @@ from dinov2_eq.logging import setup_logging
 from dinov2_eq.models import DinoVisionTransformer
 from dinov2_eq.models.convert import adapt, to_dinov2
 from dinov2_eq.models.weight_files import read_checkpoint, read_weights, write_safetensors
+from dinov2_eq.report.runs import read_metrics
 from dinov2_eq.train.online_knn import KNN_TOP1
 
 RECORD, CARD = "export.json", "README.md"
@@ -127,7 +128,7 @@ def export(target: str, encoder: Encoder, run: dict[str, Any], folder: Path) -> 
         }
         described = {"config": encoder.config, "step": encoder.step, "parameters": encoder.description["parameters"]}
         code = loading_code(target, file, encoder.config)
-        (temporary / CARD).write_text(model_card(target, code, described, run, checks, note), encoding="utf-8")
+        replace_text(temporary / CARD, model_card(target, code, described, run, checks, note))
         (temporary / RECORD).write_text(to_json(record), encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
@@ -210,18 +211,17 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
     )
     step = checkpoint.parent.name.removeprefix("training_")
     environment, curve = folder / "environment.json", folder / "training_metrics.jsonl"
-    lines = curve.read_text(encoding="utf-8").split("\n")[:-1] if curve.is_file() else []
     knn = [
         {"step": line["step"], "top1": line[KNN_TOP1]}
-        for line in map(json.loads, lines)
+        for line in read_metrics(curve)
         if KNN_TOP1 in line and (not step.isdigit() or line["step"] <= int(step))
     ]
     files = sorted({file for place in (folder, checkpoint.parent) for file in place.glob("results_eval_*.json")})
     return {
         "processes": len(list(folder.glob("logs/log.*.txt"))) or None,  # each has a log of its own
-        "environment": json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {},
+        "environment": read_json(environment) if environment.is_file() else {},
         "knn": knn[-1] if knn else None,
-        "results": {file.name: json.loads(file.read_text(encoding="utf-8")) for file in files},
+        "results": {file.name: read_json(file) for file in files},
     }
 
 

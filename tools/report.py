@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dinov2_eq.evaluation.encoder import Encoder, load_encoder
+from dinov2_eq.files import replace_text
 from dinov2_eq.report import load_runs, render_page
 from dinov2_eq.report.feature_maps import PatchFeatures
 
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     page = render_page(runs, {name: patch_features_of(encoder) for name, encoder in encoders.items()})
     output = arguments.output or Path(os.path.commonpath([run.folder for run in runs])) / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
+    replace_text(output, page)
     print(f"{output}: {len(runs)} run(s), {len(page) / 1e6:.1f} MB")
 
 

@@ -29,7 +29,7 @@ from dinov2_eq.distributed import (
     is_main_process,
 )
 from dinov2_eq.distributed.waiting import waiting_for
-from dinov2_eq.files import TEMPORARY, file_sha256
+from dinov2_eq.files import TEMPORARY, file_sha256, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -238,9 +238,11 @@ class Checkpointer:
         """
         folder = self.folder / name
         try:
-            manifest = from_main_process(lambda: json.loads((folder / MANIFEST).read_text()))
+            manifest = from_main_process(lambda: read_json(folder / MANIFEST))
         except (OSError, ValueError) as error:
             return f"{MANIFEST} cannot be read: {error}"
+        if not manifest:
+            return f"{MANIFEST} names no files"
         share = sorted(manifest.items())[get_rank() :: get_world_size()]
         with waiting_for(f"checkpoint {folder} to be compared with its manifest", patience_s=PATIENCE_S):
             found = gather_objects(

@@ -1,57 +1,93 @@
-"""Config = schema defaults < YAML file < `key=value` overrides; whatever the schema does not know is an error."""
+"""Config = schema defaults < YAML file < `key=value` overrides; whatever the schema does not know is an error.
+
+Files and command lines of DINOv2 are read as they are; see `config.dinov2`.
+"""
 
 import difflib
-from collections.abc import Iterator, Sequence
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from dinov2_eq.config.checks import check
+from dinov2_eq.config.dinov2 import EPOCH_LENGTH, EPOCH_STEPS, KEYS, Source, translate
 from dinov2_eq.config.schema import Config
+from dinov2_eq.config.yaml_files import dump_yaml, parse_override, read_yaml
+
+COMMAND_LINE = "command line"
+SIMILAR = 0.7  # of two keys, and of their words
+# What the last word of a key may be, and its unit: to suggest a key instead of one in another unit.
+UNITS = {
+    "steps": f"which counts optimizer steps (an epoch of DINOv2 has {EPOCH_STEPS})",
+    "epochs": f"which counts epochs of {EPOCH_LENGTH} steps, by default {EPOCH_STEPS}",
+    "iterations": "which counts optimizer steps",
+    "s": "which is in seconds",
+    "deg": "which is in degrees",
+}
+
+logger = logging.getLogger(__name__)
+
+Keys = tuple[Any, ...]  # of a value, from the section down
 
 
-def load_config(config_file: str | None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    config_file: str | None, overrides: Sequence[str] = (), tell: Callable[[str], None] = logger.warning
+) -> Config:
     """Reads, merges and checks a training config.
 
     Args:
         config_file: path of a YAML file, name of a packaged recipe such as `debug`, or None for the defaults.
         overrides: `section.key=value`, YAML syntax on the right.
+        tell: takes each sentence about what became of settings that only DINOv2 has.
 
     Raises:
-        FileNotFoundError: no such file or recipe.
-        ValueError: unknown key, wrong type or a combination that cannot run; the message names key, value and fix.
+        OSError: no such file or recipe, or one that cannot be read.
+        ValueError: no YAML, unknown keys, a wrong type or a combination that cannot run; the message names file, key,
+            value and fix.
     """
-    merged = OmegaConf.structured(Config)
-    sources = _read_with_bases(find_recipe(config_file)) if config_file else []
-    sources.append(("command line", _parse_overrides(overrides)))
-    for source, values in sources:
-        _reject_unknown_keys(values, merged, source)
-        try:
-            merged.merge_with(values)
-        except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{source}: wrong value for {error.full_key}: {reason}") from None
-    config: Config = OmegaConf.to_object(merged)
-    check(config)
+    found = _read_with_bases(find_recipe(config_file)) if config_file else []
+    typed: dict[Keys, Any] = {}
+    for override in overrides:
+        typed |= _leaves(parse_override(override))
+    defaults = OmegaConf.structured(Config)
+    sources, reading, remarks = translate(_checked([*found, (COMMAND_LINE, typed)], defaults))
+    config = _merge(defaults, sources)
+    try:
+        check(config)
+    except ValueError as error:
+        raise ValueError("\n".join([f"{config_file or COMMAND_LINE}: {error}", *reading])) from None
+    for sentence in (*reading, *remarks):
+        tell(sentence)
     return config
 
 
-def find_recipe(config_file: str) -> Path:
-    """Path of a YAML file given as a path or as the name of a packaged recipe."""
-    if Path(config_file).is_file():
-        return Path(config_file)
-    folder = Path(str(resources.files("dinov2_eq.configs"))) / "train"
-    recipes = {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
-    if config_file in recipes:
-        return recipes[config_file]
+def find_recipe(name: str, folder: Path = Path(), flag: str = "--config-file") -> Path:
+    """Path of a YAML file.
+
+    Args:
+        name: its path, or the name of a packaged recipe.
+        folder: what a relative path starts from.
+        flag: where the name was given, for a message.
+
+    Raises:
+        FileNotFoundError: neither a file nor a recipe.
+    """
+    path = folder / name
+    if path.is_file():
+        return path
+    packaged = Path(str(resources.files("dinov2_eq.configs"))) / "train"
+    recipes = {str(path.relative_to(packaged).with_suffix("")): path for path in sorted(packaged.rglob("*.yaml"))}
+    if name in recipes:
+        return recipes[name]
+    what = "a folder" if path.is_dir() else "no such file"
     raise FileNotFoundError(
-        f"--config-file {config_file}: no such file; packaged recipes are {', '.join(recipes)} "
-        "(name one, or give a path)"
+        f"{flag} {name}: {what}; packaged recipes are {', '.join(recipes)} (name one, or give the path of a YAML file)"
     )
 
 
@@ -61,56 +97,87 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(to_dict(config))
+    return dump_yaml(to_dict(config))
 
 
-def _read_with_bases(path: Path) -> list[tuple[str, DictConfig]]:
-    """The file, after the file that its key `base` names (relative to it), and so on."""
-    values = _read_yaml(path)
-    base = values.pop("base", None)
-    return [*(_read_with_bases(path.parent / base) if base else []), (str(path), values)]
+def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[Keys, Any]]]:
+    """The file, after the file or recipe that its key `base` names (relative to it), and so on."""
+    chain = (*above, path)
+    if path.resolve() in [other.resolve() for other in above]:
+        raise ValueError(f"{above[0]}: base leads in a circle: {' -> '.join(map(str, chain))}; cut it")
+    values = read_yaml(path)
+    bases = []
+    if "base" in values:
+        base = values.pop("base")
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"{path}: base={base!r} must be the path of a YAML file or the name of a packaged recipe")
+        bases = _read_with_bases(find_recipe(base, path.parent, f"{path}: base:"), chain)
+    return [*bases, (str(path), _leaves(values))]
 
 
-def _read_yaml(path: Path) -> DictConfig:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such config file")
-    try:
-        values = OmegaConf.load(path)
-    except YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, DictConfig):
-        raise ValueError(f"{path} must hold sections of keys, such as 'train:' with 'seed: 0' below it")
-    return values
-
-
-def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
-    values = OmegaConf.create()
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"Override {override!r} has no '='; write section.key=value, for example optim.steps=1000")
-        try:
-            values.merge_with_dotlist([override])
-        except (YAMLError, OmegaConfBaseException):
-            raise ValueError(
-                f"Override {override!r}: what follows '=' is not valid YAML; close every bracket and quote, "
-                "for example crops.blur_prob=[0.0,0.9,0.5]"
-            ) from None
-    return values
-
-
-def _leaves(values: Any, prefix: str = "") -> Iterator[str]:
+def _leaves(values: Any, above: Keys = ()) -> dict[Keys, Any]:
+    """{("train", "seed"): 0, ...} of nested tables; an empty one is a value."""
+    if not isinstance(values, Mapping) or (not values and above):
+        return {above: values}
+    leaves: dict[Keys, Any] = {}
     for key, value in values.items():
-        full_key = f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{full_key}.")
-        else:
-            yield full_key
+        leaves |= _leaves(value, (*above, key))
+    return leaves
 
 
-def _reject_unknown_keys(values: DictConfig, schema: DictConfig, source: str) -> None:
-    known = list(_leaves(OmegaConf.to_container(schema)))
-    for key in _leaves(OmegaConf.to_container(values)):
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-            hint = f" Did you mean {near[0]!r}?" if near else " See 'dinov2-eq train --print-config' for all keys."
-            raise ValueError(f"{source}: unknown key {key!r}.{hint}")
+def _checked(sources: Sequence[tuple[str, Mapping[Keys, Any]]], schema: Any) -> list[Source]:
+    """The sources with their keys as "section.key"; raises ValueError with every key that is unknown."""
+    known = [*(".".join(keys) for keys in _leaves(OmegaConf.to_container(schema))), *sorted(KEYS)]
+    mistakes = [mistake for source, values in sources for mistake in _mistakes(source, values, known)]
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return [(source, {".".join(keys): value for keys, value in values.items()}) for source, values in sources]
+
+
+def _mistakes(source: str, values: Mapping[Keys, Any], known: Sequence[str]) -> Iterator[str]:
+    for keys, value in values.items():
+        name = ".".join(map(str, keys))
+        is_written_out = keys == tuple(name.split("."))
+        below = next((key for key in known if key.startswith(f"{name}.")), None)
+        if is_written_out and below:
+            held = "nothing" if value in (None, {}) else repr(value)
+            yield f"{source}: {name!r} is a section with keys below it, such as {below!r}, but holds {held}"
+        elif name in known and not is_written_out:
+            section, _, key = name.partition(".")
+            yield f"{source}: {name!r} is not one key; write '{section}:', and '{key}: ...' below it"
+        elif name not in known:
+            yield f"{source}: unknown key {name!r}.{_hint(name, known)}"
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
+    """The key that is meant, where all words are like those of that key; its unit, where only that is another."""
+    for key in difflib.get_close_matches(name, known, n=3, cutoff=SIMILAR):
+        words, theirs = re.split(r"[._]", name), re.split(r"[._]", key)
+        strange = [word for word in words if not difflib.get_close_matches(word, theirs, n=1, cutoff=SIMILAR)]
+        if not strange:
+            return f" Did you mean {key!r}?"
+        if strange == words[-1:] and theirs[-1] in UNITS:
+            return f" Did you mean {key!r}, {UNITS[theirs[-1]]}?"
+    return " See 'dinov2-eq train --print-config' for all keys."
+
+
+def _merge(config: Any, sources: Sequence[Source]) -> Config:
+    """Raises ValueError for a value of another type than its key has, or with a `${...}` that means nothing."""
+    origin = {}
+    for source, values in sources:
+        for key, value in values.items():
+            origin[key] = source
+            try:
+                OmegaConf.update(config, key, value, merge=False)
+            except OmegaConfBaseException as error:
+                reason = "it is empty" if value is None else _reason(error)
+                raise ValueError(f"{source}: wrong value for {key}: {reason}") from None
+    try:
+        return OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        key = str(error.full_key).partition("[")[0]
+        raise ValueError(f"{origin.get(key)}: wrong value for {key}: {_reason(error)}") from None
+
+
+def _reason(error: OmegaConfBaseException) -> str:
+    return str(error).partition("\n")[0]  # the rest is about OmegaConf

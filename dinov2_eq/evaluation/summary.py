@@ -1,13 +1,12 @@
 """Many results files as one table: a row for each encoder, a column for each number."""
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinov2_eq.evaluation.results import write_results
-from dinov2_eq.files import replace_text
+from dinov2_eq.files import as_written, read_json, replace_text
 
 
 class Entry(NamedTuple):
@@ -83,10 +82,15 @@ def write_summary(folder: Path, entries: Sequence[Entry]) -> Summary:
 
 
 def read_numbers(folder: Path) -> dict[str, float]:
-    """Of the results files in a folder."""
+    """Of the results files in a folder.
+
+    Raises:
+        OSError, ValueError: one cannot be read, was cut off, or is not what an evaluation writes; names it.
+    """
     numbers: dict[str, float] = {}
     for path in sorted(folder.glob("results_eval_*.json")):
-        numbers |= numbers_of(json.loads(path.read_text()))
+        with as_written(path):
+            numbers |= numbers_of(read_json(path))
     return numbers
 
 

@@ -10,7 +10,7 @@ from urllib.parse import urlparse
 
 import torch
 
-from dinov2_eq.files import replace_text
+from dinov2_eq.files import as_written, read_json, replace_text
 
 MANIFEST = "manifest.json"
 PACKAGE = Path(__file__).parents[1]
@@ -46,16 +46,18 @@ def read_manifest(folder: Path) -> dict[str, Release]:
     """Releases by name; none where the folder has no manifest.
 
     Raises:
-        ValueError: an entry lacks something, or has more than is known.
+        OSError: it cannot be read.
+        ValueError: it is no table of releases; an entry lacks something, or has more than is known.
     """
     path = folder / MANIFEST
     if not path.is_file():
         return {}
     known, releases = {field.name for field in fields(Release)}, {}
-    for name, entry in json.loads(path.read_text(encoding="utf-8"))["releases"].items():
-        if wrong := sorted(entry.keys() ^ known):
-            raise ValueError(f"{path}: release {name!r} lacks or should not have {', '.join(wrong)}")
-        releases[name] = Release(**entry)
+    with as_written(path):
+        for name, entry in read_json(path)["releases"].items():
+            if wrong := sorted(entry.keys() ^ known):
+                raise ValueError(f"{path}: release {name!r} lacks or should not have {', '.join(wrong)}")
+            releases[name] = Release(**entry)
     return releases
 
 

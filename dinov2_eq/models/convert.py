@@ -23,6 +23,8 @@ NUM_SHOWN = 3  # names in a message
 ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")  # every backbone has one
 PREFERRED = ("teacher", "ema")  # where a checkpoint holds several backbones
 EXTRAS = {"head", "head_dist", "fc", "classifier", "pooler", "decoder"}  # below the backbone's prefix, and not of it
+# Around a module: torch.compile, activation checkpointing, FSDP, and DDP or DataParallel.
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
 # Hugging Face to DINOv2; the first pattern that fits a name counts.
 RENAMED = [
     (r"^embeddings\.position_embeddings$", "pos_embed"),
@@ -67,12 +69,13 @@ def to_dinov2(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
     Where a checkpoint holds several backbones, the teacher's is taken, else the moving average ("ema"). What belongs
     to no backbone, heads for example, is left out and listed in the log; what is strange inside of it is kept, for
-    `adapt` to refuse. No tensor is changed but for the class token's position, which timm adds up.
+    `adapt` to refuse. Modules that wrap another (torch.compile, DDP, ...) are not seen in the names. No tensor is
+    changed but for the class token's position, which timm adds up.
 
     Raises:
         ValueError: no backbone with known names, or several and none is the teacher's.
     """
-    tensors = dict(_flatten(state))
+    tensors = _unwrapped(dict(_flatten(state)))
     prefix = _find_backbone(tensors)
     inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     inside = {name: tensor for name, tensor in inside.items() if name.split(".")[0] not in EXTRAS}
@@ -84,6 +87,15 @@ def to_dinov2(state: Mapping[str, Any]) -> dict[str, Tensor]:
     _name_swiglu(weights)
     _split_positions(weights)
     return weights
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the names of modules that only wrap another, unless another tensor has the rest as its name."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        bare = WRAPPERS.sub("", name)
+        found[name if bare in found else bare] = tensor
+    return found
 
 
 def _flatten(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:

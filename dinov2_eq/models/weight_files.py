@@ -5,8 +5,12 @@ of the tensors; see https://github.com/huggingface/safetensors for the format.
 """
 
 import argparse
+import errno
 import json
+import mmap
+import pickletools
 import re
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from math import prod
@@ -16,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dinov2_eq.files import file_sha256, whole_file
+from dinov2_eq.files import file_sha256, read_errors_named, whole_file
 
 METADATA = "__metadata__"
 MAX_HEADER_BYTES = 100_000_000
@@ -48,6 +52,7 @@ def read_weights(path: str | Path, sha256: str | None = None) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
+        OSError: it cannot be read; names the file.
         ValueError: another checksum, a damaged file, one that would run code when it is read, or no weights at all.
     """
     path = _existing(path)
@@ -83,7 +88,7 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> Checkpoint:
     if metadata.keys() >= {"config", "step"}:
         with suppress(TypeError, ValueError):  # somebody else's notes under the same names
             config, step = json.loads(metadata["config"]), int(metadata["step"])
-    if not isinstance(config, Mapping) or "student" not in config:
+    if not isinstance(config, Mapping) or not isinstance(config.get("student"), Mapping):
         return Checkpoint(content, None, None)
     return Checkpoint(content, dict(config), step)
 
@@ -146,13 +151,15 @@ def _damaged(path: Path, reason: str) -> ValueError:
 def _read_torch(path: Path) -> Any:
     try:
         # DINO and iBOT keep their command line in the checkpoint, a Namespace: attributes and nothing else.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with read_errors_named(path), torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # what damaged bytes make of the reader: nearly every kind
+        # In a zip file that was cut off torch looks for a place before its beginning, which the system calls invalid.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         text = str(error)
-        if refused := re.search(r"(?:GLOBAL|global:?|class|function) (\w+(?:\.\w+)+)", text):
+        refused = re.search(r"(?:GLOBAL|global:?|class|function) (\w+(?:\.\w+)+)", text)
+        if refused and _is_named(path, refused[1]):
             raise ValueError(
                 f"{path} was refused: it holds more than tensors, and reading it would call {refused[1]}, that is run "
                 "code that came with the file. If you trust who made it, load it there and save the bare state dict: "
@@ -160,29 +167,44 @@ def _read_torch(path: Path) -> Any:
             ) from None
         # torch begins with the advice to read the file without this care, and ends with the reason.
         reason = re.sub(r"(?s).*WeightsUnpickler error: ", "", text).strip() or type(error).__name__
+        if isinstance(error, OSError):
+            reason = "its end is missing"
         raise _damaged(path, reason.splitlines()[0]) from None
+
+
+def _is_named(path: Path, called: str) -> bool:
+    """Whether a file names this function; one that was cut off within a name may seem to name another."""
+    if zipfile.is_zipfile(path):
+        return True  # whole: its table is at its end
+    with suppress(ValueError), path.open("rb") as file:  # raised where no more pickles follow
+        while True:
+            for code, argument, _ in pickletools.genops(file):
+                if code.name == "GLOBAL" and argument.replace(" ", ".") == called:
+                    return True
+    return False
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header of a .safetensors file, and the byte where the tensors begin."""
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with read_errors_named(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
             raise _damaged(path, f"its first 8 bytes promise a header of {length} bytes, and it has {size} in all")
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _damaged(path, "its header is not JSON") from None
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or not isinstance(header.get(METADATA) or {}, dict):
         raise _damaged(path, "its header is no table of tensors")
     return header, 8 + length
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     header, start = _read_header(path)
-    num_bytes = path.stat().st_size - start
-    raw = torch.from_file(str(path), size=start + num_bytes, dtype=torch.uint8)[start:]  # memory-mapped
+    with path.open("rb") as file:  # torch.from_file takes no name that is not UTF-8
+        raw = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)[start:]
+    num_bytes = len(raw)
     tensors = {}
     for name, entry in header.items():
         if name == METADATA:

@@ -1,17 +1,37 @@
 """What a report reads: run folders, as a training and its evaluations left them."""
 
+import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
+
+from dinov2_eq.config.schema import Config
+from dinov2_eq.config.yaml_files import read_yaml
+from dinov2_eq.files import as_written, read_errors_named, read_json
 
 # Okabe and Ito's order, shifted to mid tones that stand out from white and from near black.
 COLORS = ("#2b7bba", "#e07b1a", "#2a9d78", "#c4579a", "#8a6fd1", "#a8842c", "#4fa8d8", "#c8473f")
+
+# What a report says of a config.
+SETTINGS = {
+    "equivariance": ("enabled", "loss_weight", "transform", "border", "decoder", "num_intermediates"),
+    "student": ("arch", "patch_size"),
+    "optim": ("steps",),
+    "crops": ("global_crops_size",),
+    "train": ("dataset_path", "seed"),
+}
+# The arrays of a samples file, and their dimensions.
+DIMENSIONS = {
+    **dict.fromkeys(("anchor_view", "base_view", "transformed_view"), 4),
+    **dict.fromkeys(("intermediate_targets", "reconstructions"), 5),
+    **{"fractions": 1, "theta": 2, "components": 1},
+}
 
 EXPECTED = """\
   config.yaml                                    the resolved config (a run folder must have it)
@@ -95,15 +115,28 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def load_snapshot(path: Path) -> Snapshot:
-    """Reads one samples file; raises ValueError naming the arrays that it lacks."""
-    with np.load(path, allow_pickle=False) as arrays:
-        found = {name: arrays[name] for name in arrays.files}
-    names = set(Snapshot.__dataclass_fields__) - {"step"}
-    if missing := names - {"reconstructions", "components"} - set(found):
+    """Reads one samples file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it was cut off, or lacks arrays; names them.
+    """
+    with read_errors_named(path):
+        raw = path.read_bytes()
+    try:
+        with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files if name in DIMENSIONS}
+    except Exception as error:  # what damaged bytes make of the reader: nearly every kind
+        raise ValueError(
+            f"{path} is no samples file, or it was cut off while it was written or copied ({error}). Remove it"
+        ) from None
+    if missing := DIMENSIONS.keys() - {"reconstructions", "components"} - found.keys():
         raise ValueError(f"{path} lacks the arrays {sorted(missing)}; it was not written by this trainer's sampling.")
+    for name, array in found.items():
+        if array.ndim != DIMENSIONS[name]:
+            raise ValueError(f"{path}: {name} has {array.ndim} dimensions, and should have {DIMENSIONS[name]}.")
     absent = {"reconstructions": None, "components": np.full(found["theta"].shape[1], "")}
-    kept = {name: found[name] for name in names & set(found)}
-    return Snapshot(**absent | kept, step=_step_in(path.stem))
+    return Snapshot(**absent | found, step=_step_in(path.stem))
 
 
 def _load_run(folder: Path, name: str, letter: str, color: str) -> Run:
@@ -114,44 +147,79 @@ def _load_run(folder: Path, name: str, letter: str, color: str) -> Run:
         letter=letter,
         color=color,
         config=_read_config(folder / "config.yaml"),
-        metrics=_read_metrics(folder / "training_metrics.jsonl"),
+        metrics=read_metrics(folder / "training_metrics.jsonl"),
         snapshots=sorted(folder.glob("samples/step_*.npz"), key=lambda path: _step_in(path.stem)),
         teacher_checkpoint=max(checkpoints, key=lambda path: _step_in(path.parent.name), default=None),
-        knn=_read_json(folder / "results_eval_knn.json"),
-        equivariance=_read_json(folder / "results_eval_equivariance.json"),
+        knn=_read_results(folder / "results_eval_knn.json", _accuracies),
+        equivariance=_read_results(folder / "results_eval_equivariance.json", _scores),
     )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = OmegaConf.to_container(OmegaConf.load(path))
-    sections = ("equivariance", "student", "optim", "crops", "train", "evaluation")
-    lacking = [name for name in sections if name not in config]
+    config = read_yaml(path)
+    lacking = [name for name in (*SETTINGS, "evaluation") if not isinstance(config.get(name), dict)]
     if lacking:
         raise ValueError(
             f"{path} has no section {', '.join(lacking)}. A report needs the resolved config that training writes into "
             "its output folder, not a file of differences."
         )
+    for section, keys in SETTINGS.items():
+        for key in keys:
+            value, usual = config[section].get(key), getattr(getattr(Config(), section), key)
+            if not isinstance(value, (int, float) if isinstance(usual, float) else type(usual)):
+                raise ValueError(
+                    f"{path}: {section}.{key}={value!r} is no {type(usual).__name__}, as training writes it."
+                )
     return config
 
 
-def _read_metrics(path: Path) -> list[dict[str, float]]:
-    """A resumed run may repeat steps: the later line wins, and a half-written last line is left out."""
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Lines of a metrics file by step; none where there is no file.
+
+    A resumed run may repeat steps: the later line wins, and a half-written last line is left out.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line is not what training writes; names it.
+    """
     if not path.is_file():
         return []
     by_step: dict[int, dict[str, float]] = {}
-    complete_lines = path.read_text().split("\n")[:-1]
+    with read_errors_named(path):
+        complete_lines = path.read_bytes().split(b"\n")[:-1]
     for number, line in enumerate(complete_lines, start=1):
         try:
             values = json.loads(line)
-            step = values["step"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number}: no JSON object with a `step` ({error}): {line[:80]!r}") from error
+            step = int(values["step"])
+            sum(values.values())  # numbers all of them
+        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+            raise ValueError(
+                f"{path}, line {number}: no JSON object with a `step` and other numbers ({error}): {line[:80]!r}"
+            ) from None
         by_step[step] = by_step.get(step, {}) | values
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
+def _read_results(path: Path, numbers: Callable[[dict[str, Any]], Iterator[float]]) -> dict[str, Any] | None:
+    """None where there is no such file; raises ValueError where it does not have the numbers."""
+    if not path.is_file():
+        return None
+    results = read_json(path)
+    with as_written(path):
+        sum(numbers(results))
+    return results
+
+
+def _accuracies(results: dict[str, Any]) -> Iterator[float]:
+    for by_k in results["results"].values():
+        for accuracies in by_k.values():
+            yield from accuracies.values()
+
+
+def _scores(results: dict[str, Any]) -> Iterator[float]:
+    for row in results["rows"]:
+        "".join(itemgetter("task", "border", "encoder")(row))  # words all of them
+        yield from (row["r2_pooled"], row["r2_mean"], *row["r2_components"].values())
 
 
 def _step_in(name: str) -> int:

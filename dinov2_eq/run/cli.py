@@ -1,6 +1,7 @@
 """The console program `dinov2-eq`."""
 
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         was stopped by a signal and has saved, 5 when another process of the run was lost, 130 on Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8; stderr takes any
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0

@@ -14,7 +14,7 @@ from dinov2_eq.run.cli import COMMANDS
 from dinov2_eq.run.job import START_AGAIN
 from dinov2_eq.train import run_folder
 from dinov2_eq.train.build import uses_half_precision
-from dinov2_eq.train.dry_run import dry_run
+from dinov2_eq.train.dry_run import count_images, outline
 from dinov2_eq.train.estimate import estimate_memory, plan
 
 USABLE_MEMORY = 0.9  # share of a GPU's memory that an estimate may fill
@@ -50,15 +50,17 @@ def check_training(argv: Sequence[str], resources: Resources, gpu_memory: float 
         ValueError, OSError: the run cannot work.
     """
     args = importlib.import_module(COMMANDS["train"][0]).build_parser().parse_intermixed_args(argv)
-    config = load_config(args.config_file, args.overrides)
+    remarks: list[str] = []
+    config = load_config(args.config_file, args.overrides, remarks.append)
     if args.output_dir is None:
         raise ValueError("--output-dir is missing: name the folder that the run writes to")
     if not args.no_resume and any((args.output_dir / run_folder.CHECKPOINTS).glob("*")):
         run_folder.require_same_run(args.output_dir, config)
     on_gpu = resources.gpus_per_node > 0 and config.train.device != "cpu"
     half_precision = uses_half_precision(config, torch.device("cuda" if on_gpu else "cpu"))
-    arch, num_images = dry_run(config, half_precision)
-    summary = plan(config, arch, num_images, half_precision, resources.world_size, resources.nodes)
+    arch, num_images = outline(config), count_images(config, half_precision)
+    planned = plan(config, arch, num_images, half_precision, resources.world_size, resources.nodes)
+    summary = "\n".join([*remarks, planned])
     needed = estimate_memory(config, arch, half_precision, resources.world_size, resources.nodes)["total"]
     if gpu_memory is not None and needed > USABLE_MEMORY * gpu_memory:
         raise ValueError(

@@ -145,22 +145,32 @@ def _decoders(config: Config, arch: SSLMetaArch, compute_bytes: int) -> float:
 
 
 def plan(
-    config: Config, arch: SSLMetaArch, num_images: int, half_precision: bool, world_size: int = 1, nodes: int = 1
+    config: Config,
+    arch: SSLMetaArch,
+    num_images: int | None,
+    half_precision: bool,
+    world_size: int = 1,
+    nodes: int = 1,
 ) -> str:
-    """Text for a person: batch, learning rate, length, parameters, memory."""
+    """Text for a person: batch, learning rate, length, parameters, memory.
+
+    Args:
+        num_images: of the training data; None: unknown, no passes are named.
+    """
     batch = global_batch_size(config, world_size)
     images = batch * config.optim.steps
     lr = scaled_lr(config.optim.base_lr, config.optim.scaling_rule, batch)
     parameters = count_parameters(arch.trainable_modules())
     memory = estimate_memory(config, arch, half_precision, world_size, nodes)
     per_process, accumulated = config.train.batch_size_per_gpu, config.train.accumulation_steps
+    passes = "" if num_images is None else f", {images / num_images:.2f} passes over {num_images:,} images"
     strategy = f", fsdp.strategy={config.fsdp.strategy} on {nodes} nodes" if world_size > 1 else ""
     lines = [
         f"effective batch    {batch} images: {per_process} a forward, {accumulated} forwards, {world_size} processes"
         + strategy,
         f"learning rate      {lr:.3g} (base_lr {config.optim.base_lr:g}, {config.optim.scaling_rule})",
         f"steps              {config.optim.steps}, {config.optim.warmup_steps} of them warm-up",
-        f"images seen        {images:,}, {images / num_images:.2f} passes over {num_images:,} images",
+        f"images seen        {images:,}{passes}",
         f"parameters         {sum(parameters.values()):,} trained: "
         + ", ".join(f"{name} {count:,}" for name, count in parameters.items()),
         f"memory estimate    {size_text(memory['total'])} per process: "

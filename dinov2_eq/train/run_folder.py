@@ -57,11 +57,16 @@ def require_same_run(folder: Path, config: Config) -> None:
     """Compares with the config of the run that is resumed, and logs what changed.
 
     Raises:
-        ValueError: a setting changed that a checkpoint fixes.
+        ValueError: a setting changed that a checkpoint fixes, or the run's config is damaged.
     """
     if not (folder / CONFIG).is_file():
         return
-    before, now = to_dict(load_config(str(folder / CONFIG))), to_dict(config)
+    try:
+        before, now = to_dict(load_config(str(folder / CONFIG))), to_dict(config)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}\nA run that goes on is compared with this file: restore it, or remove it to do without"
+        ) from None
     changes = {
         f"{section}.{key}": f"{section}.{key} was {before[section][key]!r}, now {value!r}"
         for section, values in now.items()

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
@@ -18,7 +19,14 @@ from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.data.loaders import to_device
 from dinov2_eq.data.seeding import Stream, seed_for
 from dinov2_eq.data.workers import loading_explained
-from dinov2_eq.distributed import from_main_process, get_local_world_size, get_rank, get_world_size, pick_device
+from dinov2_eq.distributed import (
+    from_main_process,
+    get_local_world_size,
+    get_rank,
+    get_world_size,
+    is_main_process,
+    pick_device,
+)
 from dinov2_eq.distributed.launch import find_launch, process_group
 from dinov2_eq.distributed.signals import StoppedBySignal, StopRequest
 from dinov2_eq.distributed.waiting import SignalWatch
@@ -35,7 +43,7 @@ from dinov2_eq.train.build import (
     num_reconstructed,
     uses_half_precision,
 )
-from dinov2_eq.train.dry_run import dry_run
+from dinov2_eq.train.dry_run import print_plan
 from dinov2_eq.train.estimate import plan
 from dinov2_eq.train.finite import clip_gradients, require_finite
 from dinov2_eq.train.meter import StepMeter, average_over_processes
@@ -61,23 +69,28 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_intermixed_args(argv)
-    config = load_config(args.config_file, args.overrides)
+    remarks: list[str] = []
+    config = load_config(args.config_file, args.overrides, remarks.append)
     if args.print_config:
+        print(*remarks, sep="\n", end="\n" if remarks else "", file=sys.stderr)
         print(to_yaml(config), end="")
     elif args.dry_run:
-        half_precision = uses_half_precision(config, pick_device(config.train.device))
-        print(plan(config, *dry_run(config, half_precision), half_precision))
+        print(*remarks, sep="\n", end="\n" if remarks else "")
+        print_plan(config, uses_half_precision(config, pick_device(config.train.device)))
     elif args.output_dir is None:
         raise ValueError("--output-dir is missing: name the folder that the run writes to")
     else:
-        do_train(config, args.output_dir, resume=not args.no_resume)
+        do_train(config, args.output_dir, resume=not args.no_resume, remarks=remarks)
 
 
-def do_train(config: Config, output_dir: Path, *, resume: bool = True) -> None:
+def do_train(config: Config, output_dir: Path, *, resume: bool = True, remarks: Sequence[str] = ()) -> None:
     """Trains to `optim.steps`, from the newest checkpoint of `output_dir` where there is one.
 
     Every process that a launcher started calls it; see `distributed.launch`. When another process is lost, this one
     ends with code 5; see `distributed.heartbeat`.
+
+    Args:
+        remarks: sentences for the log, such as those about the config.
 
     Raises:
         ValueError: config, data or checkpoint that cannot be used, or another run is in the folder.
@@ -90,6 +103,8 @@ def do_train(config: Config, output_dir: Path, *, resume: bool = True) -> None:
     with SignalWatch(), StopRequest() as stop, process_group(launch, device, config.train.lost_rank_timeout_s):
         check_writable(output_dir)
         setup_logging(output_dir)
+        for remark in remarks if is_main_process() else ():
+            logger.warning("%s", remark)
         folder = output_dir / run_folder.CHECKPOINTS
         kept, kept_for_ever = config.train.keep_checkpoints, config.train.keep_checkpoint_every_steps
         with (

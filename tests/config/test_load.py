@@ -32,6 +32,40 @@ def test_base_file(tmp_path):
     assert (config.train.seed, config.train.batch_size_per_gpu) == (5, 8)
 
 
+def test_a_base_is_a_file_or_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("base: debug\ntrain: {seed: 5}\n")
+    assert load_config("run.yaml") == load_config("debug", ["train.seed=5"])
+    (tmp_path / "run.yaml").write_text("base: cifar10/base\n")
+    assert load_config("run.yaml") == load_config("cifar10/base")
+    (tmp_path / "debug").write_text("train: {seed: 9}\n")  # a file goes before a recipe
+    (tmp_path / "run.yaml").write_text("base: debug\n")
+    assert load_config("run.yaml") == load_config(None, ["train.seed=9"])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "base: a.yaml"}, "a.yaml: base leads in a circle: .*a.yaml -> .*a.yaml; cut it$"),
+        ({"a": "base: b.yaml", "b": "base: c.yaml", "c": "base: ./b.yaml"}, "b.yaml -> .*c.yaml -> .*b.yaml; cut it$"),
+        ({"a": "base: nowhere.yaml"}, "a.yaml: base: nowhere.yaml: no such file; packaged recipes are .*debug"),
+        ({"a": "base: ."}, r"a.yaml: base: \.: a folder; packaged recipes"),
+        *(
+            ({"a": f"base: {base}"}, r"a.yaml: base=.* must be the path of a YAML file or the name of a packaged rec")
+            for base in ("3", "[debug, demo]", "{train: {seed: 1}}", "", "''", "true")
+        ),
+        ({"a": "base: b.yaml", "b": "- 1"}, "b.yaml must hold sections of keys"),
+        ({"a": "base: b.yaml", "b": "train: {sed: 1}"}, "b.yaml: unknown key 'train.sed'"),
+    ],
+)
+def test_bases_that_cannot_be(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(f"{text}\n")
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        load_config(str(tmp_path / "a.yaml"))
+    assert str(tmp_path) in str(caught.value)
+
+
 def test_resolved_config_round_trips(tmp_path):
     config = load_config("debug", ["train.seed=9"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
@@ -56,7 +90,6 @@ def test_recipes_by_name():
             "equivariance.num_intermediate=3",
             "unknown key 'equivariance.num_intermediate'. Did you mean 'equivariance.num_intermediates'",
         ),
-        ("optim.epochs=3", "unknown key 'optim.epochs'"),
         ("num_prototypes=3", "unknown key 'num_prototypes'"),
         ("train.seed=abc", "train.seed.*'abc'"),
         ("train=3", "train"),
@@ -70,13 +103,83 @@ def test_mistakes_are_named(override, message):
         load_config(None, [override])
 
 
-def test_not_a_yaml_mapping(tmp_path):
-    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
-    with pytest.raises(ValueError, match="must hold sections of keys"):
-        load_config(str(tmp_path / "list.yaml"))
-    (tmp_path / "broken.yaml").write_text("train: {seed: 3\n")
-    with pytest.raises(ValueError, match="not valid YAML"):
-        load_config(str(tmp_path / "broken.yaml"))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: 3", "'train' is a section with keys below it, such as 'train.dataset_path', but holds 3"),
+        ("train: [1, 2]", r"'train' is a section .* but holds \[1, 2\]"),
+        ("optim:", "'optim' is a section with keys below it, such as 'optim.steps', but holds nothing"),
+        ("optim: {}", "'optim' is a section .* but holds nothing"),
+        ("compute_precision: {teacher: }", "'compute_precision.teacher' is a section .* but holds nothing"),
+        ("train.seed: 3", "'train.seed' is not one key; write 'train:', and 'seed: ...' below it"),
+        ("1: {seed: 3}", "unknown key '1.seed'"),
+        ("train: {1: 3}", "unknown key 'train.1'"),
+        ("train: {seed: {a: 3}}", "unknown key 'train.seed.a'"),
+        ("word", "unknown key 'word'"),
+        ("train: {seed: }", "wrong value for train.seed: it is empty"),
+        ("train: {seed: '${nowhere}'}", "wrong value for train.seed: Interpolation key 'nowhere' not found"),
+        ("train: {seed: '${train.seed}'}", "wrong value for train.seed: Recursive interpolation"),
+        ("train: {seed: '???'}", "wrong value for train.seed: .* missing mandatory value"),
+        ("crops: {jitter: [1, 2, 3, x]}", "wrong value for crops.jitter: Value 'x'"),
+        ("optim: {steps: 0}", "The config cannot run:\n  - optim.steps=0"),
+    ],
+)
+def test_files_with_a_mistake(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{text}\n")
+    with pytest.raises(ValueError, match=f"^{path}: {message}"):
+        load_config(str(path))
+
+
+def test_an_interpolation_is_resolved_over_all_sources(tmp_path):
+    (tmp_path / "run.yaml").write_text("optim: {warmup_steps: '${optim.freeze_last_layer_steps}'}\n")
+    assert load_config(str(tmp_path / "run.yaml"), ["optim.freeze_last_layer_steps=77"]).optim.warmup_steps == 77
+
+
+def test_every_unknown_key_is_named_with_its_source(tmp_path):
+    (tmp_path / "base.yaml").write_text("train: {sed: 3}\n")
+    (tmp_path / "run.yaml").write_text("base: base.yaml\ntrain: {batchsize: 3}\nstudnt: {arch: vit_tiny}\n")
+    with pytest.raises(ValueError) as caught:
+        load_config(str(tmp_path / "run.yaml"), ["train.seeed=4", "train.workers=0"])
+    lines = str(caught.value).splitlines()
+    assert [line.partition(":")[0].rpartition("/")[2] for line in lines] == [
+        "base.yaml",
+        "run.yaml",
+        "run.yaml",
+        "command line",
+        "command line",
+    ]
+    for line, key in zip(lines, ("train.sed", "train.batchsize", "studnt.arch", "train.seeed", "train.w"), strict=True):
+        assert f"unknown key '{key}" in line
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("optim.warmup_step", "Did you mean 'optim.warmup_steps'?"),
+        ("optim.warmup_epoch", "Did you mean 'optim.warmup_epochs'?"),
+        ("optim.epoch", "Did you mean 'optim.epochs'?"),
+        # Another unit: the factor is said.
+        ("optim.warmup_iters", "'optim.warmup_steps', which counts optimizer steps (an epoch of DINOv2 has 1250)?"),
+        ("optim.freeze_backbone_epochs", "'optim.freeze_backbone_steps', which counts optimizer steps (an epoch of"),
+        ("train.checkpoint_period_epochs", "'train.checkpoint_period_steps', which counts optimizer steps (an epoch"),
+        ("train.lost_rank_timeout_min", "'train.lost_rank_timeout_s', which is in seconds?"),
+        ("equivariance.max_angle_rad", "'equivariance.max_angle_deg', which is in degrees?"),
+        # Another thing: nothing is suggested.
+        ("optim.max_lr", "See 'dinov2-eq train --print-config'"),
+        ("equivariance.min_shift", "See 'dinov2-eq train --print-config'"),
+        ("crops.global_scale_max", "See 'dinov2-eq train --print-config'"),
+    ],
+)
+def test_hints_do_not_mislead(key, hint):
+    with pytest.raises(ValueError, match=re.escape(hint)) as caught:
+        load_config(None, [f"{key}=3"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_and_names_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r": a folder; packaged recipes are .*debug.* path of a YAML file"):
+        load_config(str(tmp_path))
 
 
 def test_every_key_is_read_somewhere():

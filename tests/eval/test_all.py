@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dinov2_eq.evaluation.summary import read_numbers
 from tests.helpers import in_this_process, stand_in_for_programs
 from tests.report.reading import Page
 
@@ -131,7 +132,15 @@ def leave_results(given: list[str]) -> int:
         ("encoders: {a: b}", "needs the section 'evaluations'"),
         ("encoders: {a: b}\nevaluations: {knm: {}}", "evaluation 'knm' has no program; give program: knn | linear"),
         ("encoders: {a: b}\nevaluations: {knn: {}}\nmore: 1", "unknown section 'more'"),
+        ("encoders: {a: b}\nevaluations: {knn: {}}\nmore: 1\n2: 3", "unknown section '2'"),
         ("encoders: {a: [b", "is not valid YAML"),
+        ("", "must hold sections of keys"),
+        ("- a\n- b", "must hold sections of keys"),
+        ("encoders: &e {a: *e}\nevaluations: {knn: {}}", "is not valid YAML"),
+        ("encoders: {a: b, a: c}\nevaluations: {knn: {}}", "found duplicate key a in line 1"),
+        ("encoders: {a: '${nowhere}'}\nevaluations: {knn: {}}", "cannot be used: Interpolation key 'nowhere'"),
+        ("encoders:\nevaluations: {knn: {}}", "needs the section 'encoders'"),
+        ("encoders: a\nevaluations: {knn: {}}", "needs the section 'encoders'"),
         ("encoders: {a: b}\nevaluations: {knn: 5}", "evaluation 'knn' must be flags and their values, got 5"),
         ("encoders: {a: }\nevaluations: {knn: {}}", "encoder 'a' must be one source, such as a run folder, got None"),
         ("encoders: {a: [b, c]}\nevaluations: {knn: {}}", "encoder 'a' must be one source"),
@@ -148,7 +157,8 @@ def leave_results(given: list[str]) -> int:
 def test_a_list_with_a_mistake(tmp_path, monkeypatch, capsys, text, message):
     calls = stand_in_for_programs(monkeypatch, leave_results)
     assert run(tmp_path, text) == 2
-    assert message in capsys.readouterr().err and not calls
+    error = capsys.readouterr().err
+    assert message in error and f"{tmp_path}/list.yaml" in error and not calls
 
 
 def test_a_file_that_is_no_text(tmp_path, capsys):
@@ -168,8 +178,32 @@ def test_a_damaged_record_means_once_more(tmp_path, monkeypatch):
     text = "encoders: {a: b}\nevaluations: {knn: {}}"
     assert run(tmp_path, text) == 0
     record = tmp_path / "out/a/knn/command.json"
-    record.write_text(record.read_text()[:20])
+    for number, content in enumerate((record.read_text()[:20], "[1]", "null", "\0" * 9), start=2):
+        record.write_text(content)
+        assert run(tmp_path, text) == 0 and run(tmp_path, text) == 0 and len(calls) == number
+
+
+@pytest.mark.parametrize("damage", ["", '{"results": {"fu', "[]", "{}", '{"results": 3}', '{"rows": []}', b"\xff"])
+def test_damaged_results_are_made_again(tmp_path, monkeypatch, capsys, damage):
+    calls = stand_in_for_programs(monkeypatch, leave_results)
+    text = "encoders: {a: b}\nevaluations: {knn: {}}"
+    assert run(tmp_path, text) == 0
+    results = tmp_path / "out/a/knn/results_eval_knn.json"
+    results.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+    with pytest.raises(ValueError, match=f"^{results} "):
+        read_numbers(results.parent)
     assert run(tmp_path, text) == 0 and run(tmp_path, text) == 0 and len(calls) == 2
+    assert "| a | 50 |" in capsys.readouterr().out
+
+
+def test_a_log_that_is_no_text(tmp_path, monkeypatch, capsys):
+    def fail(given: list[str]) -> int:
+        sys.stdout.buffer.write(b"caf\xe9\n")
+        return 3
+
+    stand_in_for_programs(monkeypatch, fail)
+    assert run(tmp_path, "encoders: {a: b}\nevaluations: {knn: {}}") == 2
+    assert "a, knn: failed; caf\ufffd" in capsys.readouterr().out
 
 
 def test_an_evaluation_that_leaves_nothing_failed(tmp_path, monkeypatch, capsys):

@@ -208,6 +208,18 @@ def test_a_damaged_release(released, tmp_path, monkeypatch):
     assert "release 'split' lacks or should not have licence" in refusal(TINY)
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["", '{"releases": {', "[]", "3", "{}", '{"releases": []}', '{"releases": {"a": 3}}', '{"releases": null}'],
+)
+def test_a_damaged_manifest(released, tmp_path, monkeypatch, content):
+    monkeypatch.setattr("dinov2_eq.hub.manifest.PACKAGE", tmp_path / "checkout" / "dinov2_eq")
+    path = tmp_path / "checkout" / "weights" / MANIFEST
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert refusal(TINY).startswith(f"{path} ")
+
+
 def test_the_manifest_of_this_checkout_is_true():
     releases = read_manifest(weights_folder())
     assert weights_folder() == ROOT / "weights"

@@ -137,6 +137,10 @@ def broken(state):
     return {name: tensor + 1 for name, tensor in state.items()}
 
 
+def renamed(state, pattern, replacement):
+    return {re.sub(pattern, replacement, name): tensor for name, tensor in state.items()}
+
+
 CHECKPOINTS = {
     "DINOv2": lambda state: state,
     "DINOv2, chunked": chunked,
@@ -154,10 +158,26 @@ CHECKPOINTS = {
     "timm's trainer": lambda state: {"state_dict": broken(state), "state_dict_ema": state},
     "DataParallel": lambda state: {"model": prefixed("module.", state)},
     "compiled": lambda state: {"model": prefixed("_orig_mod.", state)},
+    "FSDP around chunks": lambda state: renamed(chunked(state), r"^(blocks\.\d+\.)", r"\1_fsdp_wrapped_module."),
     "our training": lambda state: {
         "model": prefixed("student.backbone.", broken(state)) | prefixed("teacher.backbone.", state),
         "optimizer": {"state": {f"student.backbone.{name}": {"exp_avg": tensor} for name, tensor in state.items()}},
     },
+}
+
+
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "module.")
+# Names that wrappers leave inside of a backbone, and around it.
+CHECKPOINTS |= {
+    f"{wrapper}, {place}": partial(renamed, pattern=pattern, replacement=rf"\1{wrapper}")
+    for wrapper in WRAPPERS
+    for place, pattern in {
+        "around": r"^()",
+        "around each block": r"^(blocks\.\d+\.)",
+        "in a block": r"(\.(?:attn|mlp)\.)",
+        "around the patch embedding": r"^(patch_embed\.)",
+        "everywhere": r"(\.|^)(?!\d)",
+    }.items()
 }
 
 
@@ -199,6 +219,7 @@ def test_unknown_names():
     state = own_backbone().state_dict()
     text = refusal(to_dinov2, {"first": state, "second": state})
     assert "2 backbones, first., second." in text
+    assert "2 backbones, first., first.module." in refusal(to_dinov2, {"first": state | prefixed("module.", state)})
 
 
 @pytest.mark.parametrize(("dim", "heads"), [(60, 3), (128, 2), (1280, 16)])

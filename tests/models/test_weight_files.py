@@ -1,13 +1,15 @@
 import argparse
+import errno
 import json
 import os
 import pickle
 import random
 import struct
+from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from dinov2_eq.files import file_sha256
 from dinov2_eq.models.weight_files import (
@@ -79,6 +81,44 @@ def test_damaged_files(tmp_path, suffix, damage):
     assert "not a file of weights, or it was cut off" in message(path)
 
 
+CUT = {"zip": torch.save, "legacy": partial(torch.save, _use_new_zipfile_serialization=False), "safetensors": save_file}
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_files_cut_off_anywhere(tmp_path, kind):
+    path, generator = tmp_path / f"w.{kind}", random.Random(0)
+    CUT[kind]({f"blocks.{number}.weight": torch.randn(100, 100) for number in range(40)}, path)
+    whole = path.read_bytes()
+    lengths = [5_000, 50_000, 1_000_000, *range(0, 400, 3), *(generator.randrange(len(whole)) for _ in range(100))]
+    for length in (*lengths, *range(len(whole) - 300, len(whole), 7)):
+        path.write_bytes(whole[:length])
+        assert "cut off while it was written or copied" in message(path), length
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_what_the_disk_answers_stays_what_it_is_and_names_the_file(tmp_path, monkeypatch, kind):
+    path = tmp_path / f"w.{kind}"
+    CUT[kind](TENSORS, path)
+
+    def broken(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
+        patch.setattr("json.loads" if kind == "safetensors" else "torch.load", broken)
+        read_weights(path)
+    assert caught.value.errno == errno.EIO and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_names_that_are_not_utf_8(tmp_path, kind):
+    path = tmp_path / os.fsdecode(b"caf\xe9") / f"w.{kind}"
+    path.parent.mkdir()
+    path.touch()
+    with path.open("wb") as file:
+        torch.save(TENSORS, file) if kind != "safetensors" else file.write(save(TENSORS))
+    assert torch.equal(read_weights(path)["weights"], TENSORS["weights"])
+
+
 @pytest.mark.parametrize(
     "entry",
     [
@@ -98,7 +138,7 @@ def test_headers_that_lie(tmp_path, entry):
 
 
 def test_headers_that_are_no_table(tmp_path):
-    for header in (b"[1]", b"{1}", b"\xff\xfe"):
+    for header in (b"[1]", b"{1}", b"\xff\xfe", b'{"__metadata__": [1]}', b"[" * 100_000):
         (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
         assert "its header is" in message(tmp_path / "w.safetensors")
 
@@ -132,7 +172,13 @@ def test_bytes_that_were_changed_are_read_or_called_damaged(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    "metadata", [{"config": "{}"}, {"config": '{"student": {}}', "step": "last"}, {"config": "vit", "step": "3"}]
+    "metadata",
+    [
+        {"config": "{}"},
+        {"config": '{"student": {}}', "step": "last"},
+        {"config": "vit", "step": "3"},
+        {"config": '{"student": 3}', "step": "3"},
+    ],
 )
 def test_notes_of_others_are_no_config(tmp_path, metadata):
     save_file(TENSORS, tmp_path / "w.safetensors", metadata)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from dinov2_eq.config.load import load_config, to_yaml
 from dinov2_eq.config.schema import Config
 from dinov2_eq.models import build_backbone
 from tools import report
@@ -45,6 +46,14 @@ def test_output_names_the_file(tmp_path: Path) -> None:
     report.main([str(tmp_path / "a"), "--output", str(tmp_path / "pages/one.html")])
     assert (tmp_path / "pages/one.html").is_file()
     assert not (tmp_path / "a/report.html").exists()
+
+
+def test_data_with_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    write_run(tmp_path / "a")
+    config = load_config(str(tmp_path / "a/config.yaml"), ["train.dataset_path=Folder:root=/caf\udce9"])
+    (tmp_path / "a/config.yaml").write_text(to_yaml(config))
+    report.main([str(tmp_path / "a")])
+    assert "/caf\\udce9" in (tmp_path / "a/report.html").read_text(encoding="utf-8")
 
 
 def test_not_a_run(tmp_path: Path) -> None:

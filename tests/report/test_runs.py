@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,79 @@ def test_samples_without_an_array_are_named(tmp_path: Path) -> None:
     np.savez(tmp_path / "step_0000010.npz", base_view=np.zeros((1, 4, 4, 3), np.uint8))
     with pytest.raises(ValueError, match=r"lacks the arrays \['anchor_view', 'fractions'"):
         load_snapshot(tmp_path / "step_0000010.npz")
+
+
+def samples(folder: Path, **changes: np.ndarray) -> Path:
+    views = np.zeros((3, 2, 8, 8, 3), np.uint8)
+    arrays = dict(zip(("anchor_view", "base_view", "transformed_view"), views, strict=True))
+    arrays |= {"intermediate_targets": views[:2], "fractions": np.ones(2), "theta": np.zeros((2, 3))}
+    np.savez(folder / "step_0000010.npz", **arrays | changes)
+    return folder / "step_0000010.npz"
+
+
+def test_samples_cut_off_anywhere_or_no_samples_at_all(tmp_path: Path) -> None:
+    path = samples(tmp_path)
+    whole = path.read_bytes()
+    assert load_snapshot(path).base_view.shape == (2, 8, 8, 3)
+    for length in range(0, len(whole), 23):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f"{path} is no samples file, or it was cut off"):
+            load_snapshot(path)
+    for changes in ({"theta": np.zeros(3)}, {"base_view": np.zeros((8, 8, 3), np.uint8)}):
+        with pytest.raises(ValueError, match=rf"{path}: \w+ has \d dimensions, and should have"):
+            load_snapshot(samples(tmp_path, **changes))
+
+
+KNN, EQUIVARIANCE = "results_eval_knn.json", "results_eval_equivariance.json"
+ROW = {"task": "blur", "border": "none", "encoder": "trained", "r2_pooled": 1, "r2_mean": 1, "r2_components": {"a": 1}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", ""),
+        ("config.yaml", "equivariance: {enab"),
+        ("config.yaml", b"\xff"),
+        ("config.yaml", "word"),
+        ("training_metrics.jsonl", b"\xff\xfe\n"),
+        ("training_metrics.jsonl", bytes(300) + b"\n"),
+        *(
+            ("training_metrics.jsonl", f"{line}\n")
+            for line in ("3", "null", '["step"]', '{"step": "x"}', '{"step": []}')
+        ),
+        *(
+            ("training_metrics.jsonl", f"{line}\n")
+            for line in ('{"step": 1, "lr": null}', '{"step": Infinity}', "[" * 9999)
+        ),
+        *((name, text) for name in (KNN, EQUIVARIANCE) for text in ("", '{"rows": [', "[]", "{}", "null", b"\xff")),
+        *(
+            (KNN, json.dumps({"results": found}))
+            for found in ([], {"full": 3}, {"full": {"5": 3}}, {"a": {"5": {"b": "c"}}})
+        ),
+        *((EQUIVARIANCE, json.dumps({"rows": rows})) for rows in (3, [3], [{}], [ROW | {"r2_mean": "x"}])),
+        *((EQUIVARIANCE, json.dumps({"rows": [{k: v for k, v in ROW.items() if k != key}]})) for key in ROW),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str | bytes) -> None:
+    folder = write_config(tmp_path / "run")
+    (folder / EQUIVARIANCE).write_text(json.dumps({"rows": [ROW]}))
+    load_runs([folder])
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=f"^{folder / name}"):
+        load_runs([folder])
+
+
+@pytest.mark.parametrize("setting", ["equivariance.loss_weight", "optim.steps", "student.arch", "train.dataset_path"])
+@pytest.mark.parametrize("value", [None, "x", [1]])
+def test_a_config_with_another_kind_of_value_is_named(tmp_path: Path, setting: str, value: object) -> None:
+    if value == "x" and setting in ("student.arch", "train.dataset_path"):
+        return
+    folder = write_config(tmp_path / "run")
+    config = OmegaConf.load(folder / "config.yaml")
+    OmegaConf.update(config, setting, value, merge=False)
+    OmegaConf.save(config, folder / "config.yaml")
+    with pytest.raises(ValueError, match=f"^{folder}/config.yaml: {setting}="):
+        load_runs([folder])
 
 
 def test_psnr_of_a_known_error() -> None:

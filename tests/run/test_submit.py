@@ -13,7 +13,7 @@ import pytest
 from dinov2_eq.config.load import load_config
 from dinov2_eq.run.cli import COMMANDS, main
 from dinov2_eq.run.job import Job
-from dinov2_eq.run.precheck import Resources
+from dinov2_eq.run.precheck import Resources, check_training
 from dinov2_eq.run.submit import PROGRAMS, build_parser, local_parameters
 from dinov2_eq.train.train import do_train
 from tests.helpers import TINY, tiny_config
@@ -132,6 +132,22 @@ def test_what_cannot_work_is_refused_and_leaves_nothing(arguments, message, caps
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert list(Path().iterdir()) == []
+
+
+def test_what_the_config_gives_to_say_is_in_the_summary_and_the_job_has_the_settings():
+    Path("theirs.yaml").write_text("base: debug\nstudent: {block_chunks: 2}\n")
+    argv = ["--config-file", "theirs.yaml", "--output-dir", "run", *TINY, "teacher.warmup_teacher_temp_epochs=0.0016"]
+    argv.remove("teacher.warmup_teacher_temp_steps=2")
+    checked = check_training(argv, Resources(1, 0, 1), None)
+    for sentence in (
+        "block_chunks (each block",
+        "epochs=0.0016 is teacher.warmup_teacher_temp_steps=2",
+        "effective batch",
+    ):
+        assert checked.summary.count(sentence) == 1
+    Path("job.yaml").write_text(checked.config)
+    remarks: list[str] = []
+    assert load_config("job.yaml", tell=remarks.append) == tiny_config("student.ffn_layer=mlp") and not remarks
 
 
 @pytest.mark.parametrize("command", [command for command in PROGRAMS.values() if command != "train"])

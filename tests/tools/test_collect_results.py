@@ -95,3 +95,20 @@ def test_not_probed(tmp_path):
     (tmp_path / "a/results_eval_knn.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"a has no results_eval_knn\.json"):
         collect(tmp_path, [run])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("environment.json", '{"device"'),
+        ("environment.json", "[]"),
+        ("environment.json", '{"device": "cpu"}'),
+        ("results_eval_knn.json", '{"results": {"full": {}}}'),
+        ("results_eval_equivariance.json", '{"protocol": {}, "rows": []}'),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    run = write_run(tmp_path / "a")
+    (tmp_path / "a" / name).write_text(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/a/{name} "):
+        collect(tmp_path, [run])

@@ -49,7 +49,12 @@ def test_what_is_missing_is_named(tmp_path, capsys):
     run = write_run(tmp_path / "a", {7: 60.0}, {10: 0.5}, tmp_path / "start.pth")
     with pytest.raises(ValueError, match="no step with both k-NN and R2"):
         curve.main([f"task={run}", "--output", str(tmp_path / "curve.json")])
-    (run / "curve/results_eval_equivariance.json").unlink()
+    probe = run / "curve/results_eval_equivariance.json"
+    for damaged in ("", "[]", "{}", '{"protocol": {}, "encoders": {"a": {}}}', probe.read_text()[:-20]):
+        probe.write_text(damaged)
+        with pytest.raises(ValueError, match=f"^{probe} "):
+            curve.main([f"task={run}", "--output", str(tmp_path / "curve.json")])
+    probe.unlink()
     with pytest.raises(FileNotFoundError, match=r"eval equivariance --output-dir .*a/curve' makes it"):
         curve.main([f"task={run}", "--output", str(tmp_path / "curve.json")])
     with pytest.raises(SystemExit):

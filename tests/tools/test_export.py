@@ -247,11 +247,19 @@ def test_the_card_is_filled_from_the_run(tmp_path, trained):
 
 
 def test_a_checkpoint_alone_has_a_card_too(tmp_path):
-    checkpoint(tmp_path / "run", ["equivariance.enabled=false"])
+    checkpoint(tmp_path / "run", ["equivariance.enabled=false", "train.dataset_path=Folder:root=/data/caf\udce9"])
     run(tmp_path / "run/eval/training_7/teacher_checkpoint.pth", tmp_path / "out", "backbone")
     card = (tmp_path / "out/backbone/README.md").read_text()
     assert "disabled: the plain base method" in card and "Nothing: no results lie in the run's folder." in card
     assert "4 of each process; their number is unknown" in card and "A small run" not in card
+    assert "root=caf\\udce9" in card  # a name that is not UTF-8
+
+
+@pytest.mark.parametrize("name", ["environment.json", "training_metrics.jsonl", "results_eval_knn.json"])
+def test_a_damaged_file_of_the_run_is_named(tmp_path, name):
+    (tmp_path / name).write_text('{"a": \n')
+    with pytest.raises(ValueError, match=f"^{tmp_path}/{name}"):
+        export.read_run(tmp_path / "teacher_checkpoint.pth")
 
 
 def test_no_path_of_this_machine_gets_out(tmp_path):

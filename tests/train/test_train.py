@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from functools import cache, partial
@@ -10,15 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dinov2_eq.config.load import load_config
 from dinov2_eq.data.datasets import DataError
+from dinov2_eq.evaluation.encoder import load_encoder
 from dinov2_eq.train.build import build_arch, build_optimizer
 from dinov2_eq.train.finite import NonFiniteError
 from dinov2_eq.train.meter import effective_rank
 from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
 from dinov2_eq.train.train import do_train, main
-from tests.helpers import TINY, tiny_config
+from tests.helpers import TINY, in_this_process, tiny_config
+from tests.processes import run_ranks
 
 
 def teacher(folder, step=6):
@@ -207,6 +211,14 @@ def test_resume_with_a_changed_setting(finished, tmp_path):
     assert "optim.base_lr was 0.001, now 0.0001" in log and "optim.steps was 3, now 4" in log
 
 
+@pytest.mark.parametrize("content", [b"", b"train: {se", b"word", b"\xff", b"train: 3", b"nothing: {known: 1}"])
+def test_resume_with_a_damaged_config(finished, tmp_path, content):
+    shutil.copytree(finished(SHORT), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"(?s)config.yaml.*restore it, or remove it to do without"):
+        do_train(tiny_config(SHORT), tmp_path)
+
+
 def test_resume_with_another_architecture(finished, tmp_path):
     shutil.copytree(finished(SHORT), tmp_path, dirs_exist_ok=True)
     with pytest.raises(ValueError, match=r"is of another architecture: \d+ of \d+ tensors differ.*--no-resume"):
@@ -266,8 +278,6 @@ def test_a_non_finite_gradient_is_named(tmp_path, monkeypatch):
 
 
 def test_corrupt_images_are_skipped_named_and_counted(tmp_path, caplog):
-    from PIL import Image
-
     data = tmp_path / "images"
     data.mkdir()
     for number in range(20):
@@ -296,8 +306,6 @@ def test_knn_k_larger_than_the_data(tmp_path):
 
 
 def test_knn_needs_labels(tmp_path):
-    from PIL import Image
-
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     data = f"Folder:root={tmp_path}"
     config = tiny_config(
@@ -361,6 +369,61 @@ def test_print_config_and_dry_run(capsys):
         "memory",
     ):
         assert words in plan
+
+
+def test_the_plan_is_shown_where_the_data_are_not(capsys):
+    data = "train.dataset_path=Folder:root=/does/not/exist"
+    with pytest.raises(DataError, match="/does/not/exist"):
+        main(["--config-file", "debug", *TINY, "--dry-run", data])
+    plan = capsys.readouterr().out
+    assert "effective batch    4" in plan and "images seen        24\n" in plan and "memory" in plan
+    with pytest.raises(DataError, match="/does/not/exist"):
+        main(
+            [
+                "--config-file",
+                "debug",
+                *TINY,
+                "--dry-run",
+                "evaluation.knn_period_steps=3",
+                data.replace("train.dataset_path", "evaluation.knn_val_dataset"),
+            ]
+        )
+    assert "effective batch    4" in capsys.readouterr().out
+
+
+def test_what_the_config_gives_to_say_is_logged_once(tmp_path):
+    (tmp_path / "theirs.yaml").write_text("student: {block_chunks: 2}\n")
+    data = "train.dataset_path=Folder:root=/does/not/exist"  # found out just after that
+    with pytest.raises(RuntimeError, match="/does/not/exist"):
+        run_ranks(
+            main, 2, ["--config-file", str(tmp_path / "theirs.yaml"), "--output-dir", str(tmp_path / "run"), data]
+        )
+    logs = [(tmp_path / f"run/logs/log.{rank}.txt").read_text() for rank in (0, 1)]
+    for sentence in ("block_chunks (each block is sharded by itself)", "give equivariance.enabled=true"):
+        assert [log.count(sentence) for log in logs] == [1, 0]
+
+
+def test_names_that_are_not_utf_8(tmp_path, capsys):
+    """Of the config file and the data: the run is described, and goes on."""
+    root = tmp_path / os.fsdecode(b"caf\xe9")
+    root.mkdir()
+    for number in range(8):
+        Image.new("RGB", (40, 40), (30 * number, 9, 9)).save(root / f"{number}.png")
+    (root / "run.yaml").write_text("base: debug\n")
+    data = f"Folder:root={root}"
+    argv = ["--config-file", str(root / "run.yaml"), "--output-dir", str(tmp_path / "run"), *TINY]
+    argv += [f"train.dataset_path={data}", "evaluation.knn_period_steps=0"]
+    for steps in (3, 6):
+        main([*argv, f"optim.steps={steps}"])
+        expected = tiny_config(f"train.dataset_path={data}", f"optim.steps={steps}")
+        assert load_config(str(tmp_path / "run/config.yaml")) == expected
+        saved = teacher(tmp_path / "run", steps)
+        assert saved["config"]["train"]["dataset_path"] == data
+    assert "dataset_path was" not in (tmp_path / "run/logs/log.0.txt").read_text()
+    assert load_encoder(tmp_path / "run").step == 6
+    (root / "run.yaml").write_text("base: debug\nstudent: {block_chunks: 2}\n")
+    assert in_this_process(["train", *argv, "--dry-run", "equivariance.enabled=true", f"MODEL.WEIGHTS={root}"]) == 0
+    assert "caf\\udce9 is student.pretrained_weights=" in capsys.readouterr().out
 
 
 def test_effective_rank():

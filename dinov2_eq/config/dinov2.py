@@ -1,0 +1,177 @@
+"""DINOv2's training configs as they are: what those keys mean here that only DINOv2 has.
+
+A source of settings is a name and its keys with their values, {"optim.epochs": 100, ...}; later sources win.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+EPOCH_LENGTH, EPOCH_STEPS = "train.OFFICIAL_EPOCH_LENGTH", 1250  # the key, and DINOv2's default
+# Lengths in DINOv2's epochs: the key for steps here, and DINOv2's default.
+EPOCHS = {
+    "optim.epochs": ("optim.steps", 100),
+    "optim.warmup_epochs": ("optim.warmup_steps", 10),
+    "optim.freeze_last_layer_epochs": ("optim.freeze_last_layer_steps", 1),
+    "teacher.warmup_teacher_temp_epochs": ("teacher.warmup_teacher_temp_steps", 30),
+}
+EVAL_PERIOD, WEIGHTS = "evaluation.eval_period_iterations", "MODEL.WEIGHTS"
+ARCH, MEMORY_EFFICIENT = "student.arch", "_memeff"  # an ending that DINOv2 ignores too
+
+PARTS = [
+    f"compute_precision.{network}.{part}"
+    for network in ("teacher", "student")
+    for part in ("backbone", "dino_head", "ibot_head")
+]
+STRATEGIES = {"NO_SHARD": "ddp", "SHARD_GRAD_OP": "grad_op", "FULL_SHARD": "full", "HYBRID_SHARD": "hybrid"}
+# Settings of each part: the key here for all parts, what the values mean (None: nothing), and DINOv2's default.
+OF_PARTS = {
+    "sharding_strategy": ("fsdp.strategy", STRATEGIES, "SHARD_GRAD_OP"),
+    "mixed_precision.param_dtype": ("compute_precision.dtype", {"fp16": None, "bf16": "bf16", "fp32": "fp32"}, "fp16"),
+}
+DEFAULTS = {"student.ffn_layer": "mlp", "train.dataset_path": "ImageNet:split=TRAIN"}  # where they are not the schema's
+LARGEST = 10**12  # of a length
+NO_MEANING = {
+    "compute_precision.grad_scaler": "bfloat16 needs no loss scaling",
+    **{f"{part}.mixed_precision.reduce_dtype": "gradients are summed in float32" for part in PARTS},
+    **{f"{part}.mixed_precision.buffer_dtype": "buffers stay float32" for part in PARTS},
+    "train.saveckp_freq": "see train.checkpoint_period_steps",
+    "train.cache_dataset": "nothing is cached",
+    "train.output_dir": "see --output-dir",
+    "student.block_chunks": "each block is sharded by itself",
+    "optim.lr": "it follows from optim.base_lr and the batch",
+}
+KEYS = {
+    EPOCH_LENGTH,
+    *EPOCHS,
+    EVAL_PERIOD,
+    WEIGHTS,
+    *(f"{part}.{setting}" for part in PARTS for setting in OF_PARTS),
+    *NO_MEANING,
+}
+
+Source = tuple[str, dict[str, Any]]
+
+
+class Reading(NamedTuple):
+    """What settings of DINOv2 mean here."""
+
+    place: int  # the source that they take effect in
+    words: str  # what was given
+    key: str
+    value: Any
+
+
+class Translation(NamedTuple):
+    sources: list[Source]  # without a key that only DINOv2 has
+    reading: list[str]  # a sentence about what keys mean, where there are any
+    remarks: list[str]  # other sentences for the user
+
+
+def translate(sources: Sequence[Source]) -> Translation:
+    """Replaces the keys that only DINOv2 has by what they mean here.
+
+    A file that has such a key is DINOv2's: where no source says otherwise, DINOv2's defaults hold, and its plain method
+    is meant unless some source has a key of "equivariance".
+
+    Args:
+        sources: the files, and the command line as the last one.
+
+    Raises:
+        ValueError: a value that means nothing, or a key of DINOv2's beside its translation in one source.
+    """
+    sources = [("DINOv2's defaults", {}), *sources]
+    last = {key: place for place, (_, values) in enumerate(sources) for key in values}
+    left_out = {_short(key): reason for key, reason in NO_MEANING.items() if key in last}
+    translated = [(source, {k: v for k, v in values.items() if k not in KEYS}) for source, values in sources]
+    for _, values in translated:
+        if str(values.get(ARCH)).endswith(MEMORY_EFFICIENT):
+            left_out[f"{ARCH}={values[ARCH]}"] = f"{MEMORY_EFFICIENT} has no effect"
+            values[ARCH] = values[ARCH].removesuffix(MEMORY_EFFICIENT)
+    length = _number(*sources[last[EPOCH_LENGTH]], EPOCH_LENGTH, 1) if EPOCH_LENGTH in last else EPOCH_STEPS
+    readings = [
+        *(_default_lengths(length, last) if EPOCH_LENGTH in last else []),
+        *(reading for place, source in enumerate(sources) for reading in _lengths(place, *source, length)),
+        *_weights(sources, last),
+        *_of_parts(sources, last, left_out),
+    ]
+    for place, words, key, value in readings:
+        source, values = translated[place]
+        if values.get(key) not in (None, ""):
+            raise ValueError(f"{source}: {words} and {key}={values[key]} set the same; leave one of them out")
+        values[key] = value
+    in_effect = [each for each in readings if not any(each.key in values for _, values in translated[each.place + 1 :])]
+    words = [f"{each.words} is {each.key}={each.value}" for each in in_effect]
+    if {each.key for each in in_effect} & {ours for ours, _ in EPOCHS.values()}:
+        words.insert(0, f"an epoch is {length} steps")
+    elif EPOCH_LENGTH in last:
+        left_out[EPOCH_LENGTH] = "all lengths are given in steps"
+    reading = [f"DINOv2's settings are read as follows: {'; '.join(words)}"] if words else []
+    remarks = [f"DINOv2's settings that mean nothing here are left out: {_by_reason(left_out)}"] if left_out else []
+    if files := [source for source, values in sources[:-1] if values.keys() & KEYS]:
+        translated[0][1].update(DEFAULTS)
+        if not any(key.startswith("equivariance.") for key in last):
+            translated[0][1]["equivariance.enabled"] = False
+            remarks.append(
+                f"{' and '.join(files)}: a config of DINOv2 means its plain method, so equivariance.enabled=false; "
+                "give equivariance.enabled=true to add the reconstruction task"
+            )
+    return Translation(translated, reading, remarks)
+
+
+def _default_lengths(epoch_length: float, last: Mapping[str, int]) -> Iterator[Reading]:
+    for theirs, (ours, default) in EPOCHS.items():
+        if theirs not in last:
+            yield Reading(0, f"{theirs}={default} by default", ours, round(default * epoch_length))
+
+
+def _lengths(place: int, source: str, values: Mapping[str, Any], epoch_length: float) -> Iterator[Reading]:
+    for theirs, (ours, _) in EPOCHS.items():
+        if theirs in values:
+            epochs = _number(source, values, theirs, 0)
+            yield Reading(place, f"{theirs}={epochs}", ours, round(epochs * epoch_length))
+    if EVAL_PERIOD in values:
+        period = _number(source, values, EVAL_PERIOD, -LARGEST)
+        yield Reading(place, f"{EVAL_PERIOD}={period}", "evaluation.eval_period_steps", max(round(period), 0))
+
+
+def _weights(sources: Sequence[Source], last: Mapping[str, int]) -> Iterator[Reading]:
+    if WEIGHTS in last and (weights := sources[last[WEIGHTS]][1][WEIGHTS]) not in (None, ""):
+        yield Reading(last[WEIGHTS], f"{WEIGHTS}={weights}", "student.pretrained_weights", weights)
+
+
+def _of_parts(sources: Sequence[Source], last: Mapping[str, int], left_out: dict[str, str]) -> Iterator[Reading]:
+    """What has no translation is added to `left_out`."""
+    for setting, (ours, meanings, default) in OF_PARTS.items():
+        keys = [f"{part}.{setting}" for part in PARTS]
+        found = {key: sources[last[key]][1][key] for key in keys if key in last}
+        for key, value in found.items():
+            if value not in tuple(meanings):
+                raise ValueError(f"{sources[last[key]][0]}: {key}={value!r} is not one of {', '.join(meanings)}")
+        if not found:
+            continue
+        values = sorted({found.get(key, default) for key in keys})
+        words = f"{_short(keys[0])}={' and '.join(values)}"
+        if len(values) > 1:
+            left_out[words] = f"{ours} is one for all parts"
+        elif meanings[values[0]] is None:
+            left_out[words] = f"no {values[0]} here, see {ours}"
+        else:
+            yield Reading(max(last[key] for key in found), words, ours, meanings[values[0]])
+
+
+def _by_reason(left_out: Mapping[str, str]) -> str:
+    """ "key, other key (reason); ..." """
+    reasons = dict.fromkeys(left_out.values())
+    return "; ".join(f"{', '.join(key for key in left_out if left_out[key] == why)} ({why})" for why in reasons)
+
+
+def _short(key: str) -> str:
+    """A setting of one part as that of all."""
+    return re.sub(r"^compute_precision\.\w+\.\w+\.", "compute_precision.*.*.", key)
+
+
+def _number(source: str, values: Mapping[str, Any], key: str, low: float) -> float:
+    if type(values[key]) not in (int, float) or not low <= values[key] <= LARGEST:
+        raise ValueError(f"{source}: {key}={values[key]!r} must be a number in [{low}, {LARGEST}]")
+    return values[key]
