@@ -21,18 +21,21 @@ PACKAGES = ("torch", "torchvision", "xformers", "kornia", "numpy")
 
 
 class _Terminal:
-    """stderr, for lines and progress bars; where it is gone, nothing happens."""
+    """stderr, for lines and progress bars; where it is gone, nothing happens.
+
+    tqdm keeps its lock for ever when a write in it fails, and whoever logs next would wait for that.
+    """
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError):  # ValueError: it was closed here
+        with suppress(Exception):
             sys.stderr.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
+        with suppress(Exception):
             sys.stderr.flush()
 
 

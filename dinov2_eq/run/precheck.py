@@ -14,6 +14,7 @@ from dinov2_eq.run.cli import COMMANDS
 from dinov2_eq.run.job import START_AGAIN
 from dinov2_eq.train import run_folder
 from dinov2_eq.train.build import uses_half_precision
+from dinov2_eq.train.cautions import cautions
 from dinov2_eq.train.dry_run import count_images, outline
 from dinov2_eq.train.estimate import estimate_memory, plan
 
@@ -60,7 +61,7 @@ def check_training(argv: Sequence[str], resources: Resources, gpu_memory: float 
     half_precision = uses_half_precision(config, torch.device("cuda" if on_gpu else "cpu"))
     arch, num_images = outline(config), count_images(config, half_precision)
     planned = plan(config, arch, num_images, half_precision, resources.world_size, resources.nodes)
-    summary = "\n".join([*remarks, planned])
+    summary = "\n".join([*remarks, planned, *cautions(config)])
     needed = estimate_memory(config, arch, half_precision, resources.world_size, resources.nodes)["total"]
     if gpu_memory is not None and needed > USABLE_MEMORY * gpu_memory:
         raise ValueError(

@@ -5,6 +5,7 @@ import torch
 from dinov2_eq.config.schema import Config
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.train.build import build_arch, build_multi_crop
+from dinov2_eq.train.cautions import cautions
 from dinov2_eq.train.estimate import plan
 from dinov2_eq.train.online_knn import build_online_knn
 from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
@@ -31,7 +32,7 @@ def count_images(config: Config, half_precision: bool) -> int:
 
 
 def print_plan(config: Config, half_precision: bool) -> None:
-    """Prints what a run will take. Where its data cannot be opened, all is printed but the passes over them.
+    """Prints what a run will take, and its cautions. Data that cannot be opened leave out the passes over them only.
 
     Raises:
         ValueError, OSError: the run cannot work.
@@ -40,4 +41,4 @@ def print_plan(config: Config, half_precision: bool) -> None:
     try:
         num_images = count_images(config, half_precision)
     finally:
-        print(plan(config, arch, num_images, half_precision), flush=True)
+        print(plan(config, arch, num_images, half_precision), *cautions(config), sep="\n", flush=True)

@@ -43,6 +43,7 @@ from dinov2_eq.train.build import (
     num_reconstructed,
     uses_half_precision,
 )
+from dinov2_eq.train.cautions import cautions
 from dinov2_eq.train.dry_run import print_plan
 from dinov2_eq.train.estimate import plan
 from dinov2_eq.train.finite import clip_gradients, require_finite
@@ -103,8 +104,8 @@ def do_train(config: Config, output_dir: Path, *, resume: bool = True, remarks: 
     with SignalWatch(), StopRequest() as stop, process_group(launch, device, config.train.lost_rank_timeout_s):
         check_writable(output_dir)
         setup_logging(output_dir)
-        for remark in remarks if is_main_process() else ():
-            logger.warning("%s", remark)
+        for sentence in (*remarks, *cautions(config)) if is_main_process() else ():
+            logger.warning("%s", sentence)
         folder = output_dir / run_folder.CHECKPOINTS
         kept, kept_for_ever = config.train.keep_checkpoints, config.train.keep_checkpoint_every_steps
         with (
