@@ -29,7 +29,7 @@ class MetricLogger:
         try:
             self._events = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
         except UnicodeEncodeError:
-            logger.warning("no TensorBoard events: it takes no path that is not UTF-8; %s has all metrics", path)
+            logger.warning("no TensorBoard events, as it takes no path that is not UTF-8; %s has them all", FILE_NAME)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """`step` counts finished optimizer updates."""

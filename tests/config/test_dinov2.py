@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from dinov2_eq.config.dinov2 import KEYS, PARTS
 from dinov2_eq.config.load import load_config, to_dict
+from dinov2_eq.models import ARCHS
 from dinov2_eq.train.train import main
 
 # Differences from DINOv2's defaults, as its three training configs have them.
@@ -142,6 +143,8 @@ def read(tmp_path):
 @pytest.mark.parametrize("settings", [SHORT, resolved()], ids=["differences", "resolved"])
 def test_the_short_recipe_is_the_packaged_one(read, settings):
     theirs, ours = to_dict(read(settings).config), to_dict(load_config("vitl16_short"))
+    assert ours["student"]["ffn_layer"] is None and ARCHS[ours["student"]["arch"]].ffn_layer == "mlp"
+    ours["student"]["ffn_layer"] = "mlp"  # the architecture's own
     different = {
         f"{section}.{key}" for section in ours for key in ours[section] if theirs[section][key] != ours[section][key]
     }
