@@ -116,7 +116,7 @@ def parse(command: str) -> None:
     """
     program, *words = shlex.split(command)
     if program == "make":
-        assert set(words) <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)), command
+        assert set(words) <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)), command
     elif program == "python":
         tool = importlib.import_module(words.pop(0).removesuffix(".py").replace("/", "."))
         if words:

@@ -7,7 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dinov2_eq"
 FLOORS = [
-    {"types", "files", "distributed"},
+    {"types", "files", "waiting"},
+    {"distributed"},
     {"layers", "loss"},
     {"equivariance", "logging", "probes"},
     {"models", "data", "config", "fsdp", "checkpointer"},

@@ -28,8 +28,8 @@ from dinov2_eq.distributed import (
     is_distributed,
     is_main_process,
 )
-from dinov2_eq.distributed.waiting import waiting_for
 from dinov2_eq.files import TEMPORARY, file_sha256, read_json
+from dinov2_eq.waiting import waiting_for
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
-from dinov2_eq.distributed.waiting import end_process, waiting_for
+from dinov2_eq.waiting import end_process, waiting_for
 
 BEAT_S = 5.0
 SILENCE_S = 3 * BEAT_S  # of a record of another node, until its run counts as dead

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from dinov2_eq.data.datasets import DataError
-from dinov2_eq.distributed.waiting import waiting_for
+from dinov2_eq.waiting import waiting_for
 
 PARENT_CHECK_S = 5.0
 PATIENCE_S = 15.0  # with a stop signal, for a batch after which it could be obeyed

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinov2_eq.distributed.waiting import waiting_for
+from dinov2_eq.waiting import waiting_for
 
 PATIENCE_S = 5.0  # with a stop signal, while the main process looks at something for all
 

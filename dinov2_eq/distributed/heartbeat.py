@@ -20,7 +20,7 @@ PERIOD_S = 2.0
 GRACE_S = 10.0  # how long the others may take to notice by themselves what one process has noticed
 
 
-class ProcessLost(OSError):
+class ProcessLost(ConnectionAbortedError):
     """Another process of the run left before all had met."""
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from dinov2_eq.distributed.heartbeat import ProcessLost
-from dinov2_eq.distributed.waiting import waiting_for
+from dinov2_eq.waiting import waiting_for
 
 MEETING_S = 600.0  # nodes become ready, and containers are unpacked, at different times
 ANSWER_S = 30.0  # for a store to answer that a process has just connected to

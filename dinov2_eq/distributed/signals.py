@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from dinov2_eq.distributed import PATIENCE_S, is_distributed
-from dinov2_eq.distributed.waiting import STOP_SIGNALS, SignalWatch, waiting_for
+from dinov2_eq.waiting import STOP_SIGNALS, SignalWatch, waiting_for
 
 
 class Stopped(InterruptedError):

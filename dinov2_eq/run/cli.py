@@ -2,11 +2,14 @@
 
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from dinov2_eq import __version__
 from dinov2_eq.run.outcome import exit_code
+from dinov2_eq.waiting import INTERRUPTED
 
 COMMANDS = {
     "train": ("dinov2_eq.train.train", "pretrain a backbone"),
@@ -54,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         was stopped by a signal and has saved, 5 when another process of the run was lost, 130 on Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be UTF-8; stderr takes any
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        with suppress(OSError):  # nobody reads it
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8; stderr takes any
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -65,9 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         name, rest = find_command(argv)
         importlib.import_module(COMMANDS[name][0]).main(rest)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("dinov2-eq: interrupted", file=sys.stderr)
-        return 130  # as a shell calls the end by Ctrl-C
+        return INTERRUPTED
+    except BrokenPipeError:  # `dinov2-eq ... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more at its end
+        return 1
     except Exception as error:
         return exit_code(error)
     return 0

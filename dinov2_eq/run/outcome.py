@@ -3,13 +3,12 @@
 import sys
 from contextlib import suppress
 
-from dinov2_eq.distributed import heartbeat
-from dinov2_eq.distributed.waiting import STOPPED
+from dinov2_eq.waiting import STOPPED
 
 # The first row that fits counts.
 EXIT_CODES: tuple[tuple[tuple[type[Exception], ...], int], ...] = (
-    ((heartbeat.ProcessLost,), heartbeat.EXIT_CODE),
     ((InterruptedError,), STOPPED),
+    ((ConnectionAbortedError,), 5),
     ((FloatingPointError,), 3),
     ((ValueError, OSError), 2),
 )

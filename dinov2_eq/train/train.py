@@ -29,7 +29,6 @@ from dinov2_eq.distributed import (
 )
 from dinov2_eq.distributed.launch import find_launch, process_group
 from dinov2_eq.distributed.signals import StoppedBySignal, StopRequest
-from dinov2_eq.distributed.waiting import SignalWatch
 from dinov2_eq.files import check_writable, disk_errors_explained
 from dinov2_eq.logging import setup_logging
 from dinov2_eq.train import run_folder
@@ -53,6 +52,7 @@ from dinov2_eq.train.online_knn import build_online_knn
 from dinov2_eq.train.param_groups import apply_schedule
 from dinov2_eq.train.pretrained import find_pretrained, load_optimizer, read_pretrained
 from dinov2_eq.train.state import TrainingState
+from dinov2_eq.waiting import SignalWatch
 
 logger = logging.getLogger(__name__)
 

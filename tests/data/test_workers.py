@@ -19,7 +19,7 @@ from dinov2_eq.data import workers
 from dinov2_eq.data.datasets import DataError
 from dinov2_eq.data.workers import Loader, loading_explained
 from dinov2_eq.distributed.signals import StopRequest
-from dinov2_eq.distributed.waiting import SignalWatch
+from dinov2_eq.waiting import SignalWatch
 from tests.processes import run_ranks, start_ranks
 
 PROGRAM = """

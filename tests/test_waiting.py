@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dinov2_eq.distributed import from_main_process, get_rank, waiting
+from dinov2_eq import waiting
+from dinov2_eq.distributed import from_main_process, get_rank
 from dinov2_eq.distributed.launch import find_launch, process_group
 from dinov2_eq.distributed.signals import Stopped, StopRequest, stops_raise
-from dinov2_eq.distributed.waiting import SignalWatch, waiting_for
+from dinov2_eq.waiting import SignalWatch, waiting_for
 from tests.processes import start_ranks
 
 

@@ -1,0 +1,124 @@
+"""What a run finds where it is started: another run, little shared memory, a taken port, nobody who listens."""
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dinov2_eq.run import cli
+from tests.helpers import TINY
+from tests.processes import free_port, start_ranks
+from tests.reliability.faults import FAULT, RUN
+from tests.reliability.runs import exit_codes
+
+pytestmark = pytest.mark.cluster
+NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def test_a_second_run_in_the_same_folder(run, uninterrupted):
+    first = run.start(fault="wait 0 3")
+    deadline = time.monotonic() + 120
+    while (run.folder / FAULT).exists():
+        assert time.monotonic() < deadline, run.printed(0)
+        time.sleep(0.05)
+    assert run.train() == [2, 2]
+    owner = rf"{RUN} is in use by process {first[0].pid} on \S+, since .*choose another --output-dir"
+    for rank in (0, 1):
+        assert re.search(f"dinov2-eq: {owner}", run.printed(rank))
+    os.kill(first[0].pid, signal.SIGTERM)
+    assert exit_codes(first) == [4, 4]
+    run.goes_on(uninterrupted, 3)
+
+
+def train_alone(folder: Path, *overrides: str, **variables: str) -> None:
+    """`dinov2-eq train` in a process that has these variables of launchers only, with its terminal in a file."""
+    for name in LAUNCHERS:
+        os.environ.pop(name, None)
+    os.environ.update(variables)
+    with open(folder / "terminal.txt", "w") as terminal:
+        os.dup2(terminal.fileno(), sys.stderr.fileno())
+    train(folder, *overrides)
+
+
+def train(folder: Path, *overrides: str) -> None:
+    code = cli.main(["train", "--config-file", "debug", "--output-dir", str(folder / RUN), *TINY, *overrides])
+    os._exit(code)  # Python itself would still write to the terminal
+
+
+def train_with_little_shared_memory(folder: Path) -> None:
+    if ctypes.CDLL(None).unshare(NEW_MOUNTS):
+        sys.exit(77)
+    for command in ("mount --make-rprivate /", "mount -t tmpfs -o size=256k tmpfs /dev/shm"):
+        if subprocess.run(command.split()).returncode:
+            sys.exit(77)
+    train_alone(folder, "train.num_workers=2", "train.batch_size_per_gpu=16", "crops.global_crops_size=64")
+
+
+def test_little_shared_memory(tmp_path):
+    processes, _ = start_ranks(train_with_little_shared_memory, 1, tmp_path)
+    (code,) = exit_codes(processes)
+    if code == 77:
+        pytest.skip("no mount namespace here")
+    assert code == 2
+    told = (tmp_path / "terminal.txt").read_text()
+    assert "dinov2-eq: /dev/shm, through which data-loading processes hand over their batches, is too small" in told
+    assert "Traceback" not in told
+
+
+def train_with_a_lost_terminal(folder: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(writing, stream.fileno())
+    for name in LAUNCHERS:
+        del os.environ[name]
+    train(folder)
+
+
+def test_a_lost_terminal(tmp_path):
+    processes, _ = start_ranks(train_with_a_lost_terminal, 1, tmp_path)
+    assert exit_codes(processes) == [0]
+    assert "finished: 6 steps" in (tmp_path / RUN / "logs" / "log.0.txt").read_text().splitlines()[-1]
+    assert "6" in os.listdir(tmp_path / RUN / "checkpoints")
+
+
+def train_with_variables(folder: Path, variables: dict[str, str]) -> None:
+    train_alone(folder, **variables)
+
+
+def test_a_port_that_is_taken(tmp_path):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+        processes, _ = start_ranks(train_with_variables, 1, tmp_path, variables | {"MASTER_PORT": str(port)})
+        assert exit_codes(processes) == [2]
+    assert f"dinov2-eq: Port {port} of MASTER_PORT is in use on this host" in (tmp_path / "terminal.txt").read_text()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 4)])
+def test_a_single_process_in_a_shell_of_srun(tmp_path, signum, code):
+    """It waits for the other task of the shell, says so at once, and can be ended."""
+    variables = {
+        **{"SLURM_JOB_ID": "79", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
+        **{"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "localhost"},
+        **{"SLURM_STEP_TASKS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
+    }
+    (process,), _ = start_ranks(train_with_variables, 1, tmp_path, variables)
+    told = tmp_path / "terminal.txt"
+    deadline = time.monotonic() + 60
+    while not (told.exists() and "waiting for 1 of 2 processes (number 1)" in told.read_text()):
+        assert time.monotonic() < deadline and process.is_alive(), told.read_text()
+        time.sleep(0.1)
+    os.kill(process.pid, signum)
+    assert exit_codes([process], timeout_s=30) == [code]
+    assert "For a single process, unset SLURM_STEP_NUM_TASKS" in told.read_text()
