@@ -90,14 +90,15 @@ def test_the_main_process_leaves_before_all_have_come():
         await_all(Closed(), place(1))
 
 
-def meet_twice():
-    """As torchrun lets processes do it that it starts again, in the same store."""
-    launch = find_launch()
+def meet_twice(port):
+    launch = find_launch()._replace(master_port=port, has_store=True)
     for attempt in ("0", "1"):
         with process_group(launch._replace(attempt=attempt), torch.device("cpu"), 30):
             dist.barrier()
     return True
 
 
-def test_a_second_meeting_in_the_same_place():
-    assert run_ranks(meet_twice, 2) == [True, True]
+def test_a_second_meeting_in_the_same_store():
+    """As torchrun lets processes do it that it starts again: it hosts the store and keeps what was left there."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert run_ranks(meet_twice, 2, store.port) == [True, True]

@@ -43,6 +43,8 @@ def train_alone(folder: Path, *overrides: str, **variables: str) -> None:
     for name in LAUNCHERS:
         os.environ.pop(name, None)
     os.environ.update(variables)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
     with open(folder / "terminal.txt", "w") as terminal:
         os.dup2(terminal.fileno(), sys.stderr.fileno())
     train(folder, *overrides)
