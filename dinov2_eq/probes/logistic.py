@@ -9,8 +9,8 @@ from torch import Tensor
 
 C_GRID = tuple((10 ** np.linspace(-6, 5, 45)).tolist())
 MAX_LINE_SEARCHES = 50
-GRADIENT_TOLERANCE = 1e-10  # largest component, of the mean loss of an image, in the units of `fit_logistic`
-LOSS_TOLERANCE = 1e-16  # change from step to step
+GRADIENT_TOLERANCE = 1e-6  # largest component, of the mean loss of an image, in the units of `fit_logistic`
+LOSS_TOLERANCE = 1e-14  # relative change
 HISTORY = 10
 
 
@@ -41,11 +41,12 @@ def fit_logistic(
 ) -> LogisticFit:
     """Minimises sum of cross-entropies + |weight|^2 / (2 * strength) with L-BFGS; the bias is free.
 
-    That is scikit-learn's `LogisticRegression(C=strength)`, and cuML's: a smaller strength regularises more. The
-    search does not depend on where the features lie and how much they vary: they are centred, which the free bias
-    makes up for, and weights are found in units in which no second derivative exceeds 1. It begins where zero weights
-    are best, at the logarithms of the class frequencies, and goes down the gradient by one such unit. Where features
-    are nearly alike, or the penalty is strong, this is the minimum.
+    That is scikit-learn's `LogisticRegression(C=strength)`, and cuML's: a smaller strength regularises more.
+
+    The result does not depend on where the features lie or how little they vary. They are centred, which the free bias
+    makes up for, and the weight of each column is searched in units that fit its variance. The search begins at the
+    best bias for zero weights, the logarithms of the class frequencies, and one safe step down the gradient. Where
+    features are nearly alike, or the penalty is strong, that step ends at the minimum.
 
     Args:
         features: [N, D]; loss and gradient are computed on their device.
@@ -57,8 +58,11 @@ def fit_logistic(
     rows = (features.double() - centre).to(dtype)
     targets = labels.to(rows.device)[:, None]
     decay = 1 / (strength * num_images)
-    # Second derivatives of the mean cross-entropy are at most half of this mean square.
-    unit = (rows.double().square().sum(dim=1).mean().item() / 2 + decay) ** -0.5
+    variance = rows.double().square().mean(dim=0)
+    unit = (variance + decay).rsqrt()  # [D]
+    # A bound for the weights: a mean cross-entropy curves by at most half of the mean square of its inputs.
+    curvature = (unit.square() * variance).sum().item() / 2 + (unit.square() * decay).max().item()
+    unit = unit.to(dtype)
 
     def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
         """Of the mean over images, as a function of weight / unit and bias, [C * (D + 1)]."""
@@ -74,8 +78,8 @@ def fit_logistic(
 
     start = np.zeros((num_classes, dim + 1))
     log_frequencies = labels.bincount(minlength=num_classes).clamp(min=0.5).double().log().cpu()
-    start[:, dim] = log_frequencies - log_frequencies.mean()
-    start = start.flatten() - loss_and_gradient(start.flatten())[1]
+    start[:, dim] = log_frequencies - log_frequencies.mean()  # where its gradient is 0
+    start = start.flatten() - loss_and_gradient(start.flatten())[1] / curvature
     found = minimize(
         loss_and_gradient,
         start,
