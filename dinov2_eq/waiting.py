@@ -1,7 +1,8 @@
-"""Waits that say what they wait for, and that a signal ends wherever the process waits.
+"""Waits that say what they wait for, and signals that end a process wherever it is.
 
-Python runs its handlers in the main thread, between two instructions. A library that waits in C++, for another process
-say, keeps them from running. So a thread reads the signals too, and ends the process where the main thread does not.
+Python runs its handlers of signals in the main thread, between two instructions. A library that waits in C++, for
+another process say, keeps them from running. So a thread reads the signals too, and ends the process where the main
+thread does not do so itself.
 """
 
 import logging
@@ -12,15 +13,18 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import NamedTuple
+
+from dinov2_eq.exits import INTERRUPTED, STOPPED, end_process
 
 # SLURM: SIGTERM before it takes a node away, and whatever --signal names (submitit: SIGUSR2) before the time is up. A
 # terminal that closes: SIGHUP, unless nohup keeps it away.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
-STOPPED, INTERRUPTED = 4, 130  # exit codes
 TELL_AFTER_S = 10.0
-REACTION_S = 3.0  # for Ctrl-C to reach the main thread while it waits
-CLEANUP_S = 30.0  # for what the main thread does after Ctrl-C, or before it notices
+REACTION_S = 3.0  # for Ctrl-C to reach the main thread where it waits
+COMPUTING_S = 30.0  # and where it computes; one call of a library may take long
+DOUBLE_PRESS_S = 1.0  # launchers and terminals may pass on the same Ctrl-C twice
 TICK_S = 0.5
 END = 0  # no signal has this number
 
@@ -29,30 +33,36 @@ logger = logging.getLogger(__name__)
 
 class Wait(NamedTuple):
     what: str
+    advice: str
     since: float  # of time.monotonic()
     tell_after_s: float
     patience_s: float | None
 
 
 _waits: list[Wait] = []  # of the main thread, the innermost last
+_patiences: list[float | None] = [None]  # with a stop signal outside of `_waits`, the innermost last
+_obeyed: dict[int, float] = {}  # when the main thread began to do what a signal asks for
 
 
 @contextmanager
-def waiting_for(what: str, *, tell_after_s: float = TELL_AFTER_S, patience_s: float | None = None) -> Iterator[None]:
-    """Says what the main thread waits for, for as long as the context lasts; does nothing in other threads.
+def waiting_for(
+    what: str, *, advice: str = "", tell_after_s: float = TELL_AFTER_S, patience_s: float | None = None
+) -> Iterator[None]:
+    """Names what the main thread waits for while the context lasts; does nothing in other threads.
 
-    What follows is up to `SignalWatch`.
+    `SignalWatch` logs the wait and ends it.
 
     Args:
-        what: after "waiting for".
-        tell_after_s: the log says so when the wait has lasted so long, and again whenever it has doubled.
-        patience_s: a stop signal ends the process when the wait has gone on for so long after it. None: never, because
-            the main thread is about to obey it by itself.
+        what: completes "waiting for".
+        advice: a sentence that follows it, without its full stop.
+        tell_after_s: seconds until the log first says so; it says so again each time that has doubled.
+        patience_s: seconds that the wait may go on after a stop signal before the process is ended. None: as long as
+            the code around it says, see `stop_signals_after`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    wait = Wait(what, time.monotonic(), tell_after_s, patience_s)
+    wait = Wait(what, advice, time.monotonic(), tell_after_s, patience_s)
     _waits.append(wait)
     try:
         yield
@@ -60,66 +70,103 @@ def waiting_for(what: str, *, tell_after_s: float = TELL_AFTER_S, patience_s: fl
         _waits.remove(wait)
 
 
-class SignalWatch:
-    """A context manager around a command, with a thread that ends the process where the main thread cannot.
+@contextmanager
+def stop_signals_after(patience_s: float | None) -> Iterator[None]:
+    """Seconds until a stop signal that the main thread does not obey ends the process; None: it has all the time."""
+    _patiences.append(patience_s)
+    try:
+        yield
+    finally:
+        _patiences.pop()
 
-    - Ctrl-C: `REACTION_S` later where the main thread is in a `waiting_for`, else `CLEANUP_S` later.
-    - A stop signal: when the patience of the `waiting_for` is over.
+
+def obey(signum: int) -> None:
+    """The main thread now does what the signal asks for: it takes the time it needs."""
+    _obeyed[signum] = time.monotonic()
+
+
+class SignalWatch:
+    """A context manager around a command, with a thread that ends the process where the main thread does not.
+
+    - The first Ctrl-C raises KeyboardInterrupt. Where that does not reach the main thread, the process ends after
+      `REACTION_S` in a `waiting_for`, elsewhere after `COMPUTING_S`. A second Ctrl-C ends it at once.
+    - A stop signal ends it when its patience is over: that of `waiting_for`, else that of `stop_signals_after`.
 
     It also logs waits that are long. In any other thread than the main one it does nothing.
+
+    Args:
+        advice: follows "stopped by SIGTERM while waiting for data;" in the log.
     """
 
+    def __init__(self, advice: str) -> None:
+        self._advice = advice
+        self._thread: threading.Thread | None = None
+        self._received: dict[int, float] = {}  # when each signal came first
+        self._told: dict[Wait, float] = {}  # after how many seconds each wait was told last
+
     def __enter__(self) -> "SignalWatch":
-        self._thread = None
         if threading.current_thread() is threading.main_thread():
             self._reading, self._writing = os.pipe()
             os.set_blocking(self._writing, False)
-            self._previous = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+            self._previous_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+            self._previous_sigint = signal.getsignal(signal.SIGINT)
+            if callable(self._previous_sigint):
+                signal.signal(signal.SIGINT, self._interrupt)
             self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._thread is not None:
-            signal.set_wakeup_fd(self._previous)
-            os.write(self._writing, bytes([END]))  # closing it would not do: forked processes have it too
-            self._thread.join()
-            os.close(self._reading)
-            os.close(self._writing)
+        if self._thread is None:
+            return
+        signal.set_wakeup_fd(self._previous_fd)
+        if callable(self._previous_sigint):
+            signal.signal(signal.SIGINT, self._previous_sigint)
+        os.write(self._writing, bytes([END]))  # closing it would not do: forked processes have it too
+        self._thread.join()
+        os.close(self._reading)
+        os.close(self._writing)
+
+    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        obey(signum)
+        self._previous_sigint(signum, frame)
 
     def _watch(self) -> None:
-        received: dict[int, float] = {}  # when each signal came first
-        told: dict[Wait, float] = {}  # for each wait, after how many seconds it was told
         while True:
             if select.select([self._reading], [], [], TICK_S)[0]:
                 numbers = os.read(self._reading, 64)
                 if END in numbers:
                     return
-                for signum in numbers:
-                    received.setdefault(signum, time.monotonic())
-            waits, now = list(_waits), time.monotonic()
-            wait = waits[-1] if waits else None
-            self._obey(received, wait, now)
-            told = {each: told.get(each, 0.0) for each in waits}
-            if wait is not None and now - wait.since >= max(wait.tell_after_s, 2 * told[wait]):
-                told[wait] = now - wait.since
-                logger.warning("waiting for %s (%.0f s)", wait.what, now - wait.since)
+                self._note(numbers, time.monotonic())
+            self._look(time.monotonic())
 
-    def _obey(self, received: dict[int, float], wait: Wait | None, now: float) -> None:
-        named = wait is not None and bool(wait.what)
-        while_waiting = f" while waiting for {wait.what}" if named else ""
-        since = received.get(signal.SIGINT)
-        if since is not None and now - since > (REACTION_S if named else CLEANUP_S):
-            end_process(INTERRUPTED, f"interrupted{while_waiting}")
-        if wait is None or wait.patience_s is None:
+    def _note(self, numbers: bytes, now: float) -> None:
+        for signum in numbers:
+            since = self._received.setdefault(signum, now)
+            if signum == signal.SIGINT and now - since > DOUBLE_PRESS_S:
+                end_process(INTERRUPTED, "interrupted twice; what was not saved is lost")
+
+    def _look(self, now: float) -> None:
+        """Ends the process, or logs the innermost wait, where it is time to do so."""
+        waits = list(_waits)
+        wait = waits[-1] if waits else None
+        while_waiting = f" while waiting for {wait.what}" if wait else ""
+        for signum, since in self._received.items():
+            if _obeyed.get(signum, 0.0) > since - TICK_S:
+                continue
+            if signum == signal.SIGINT:
+                if now - since > (REACTION_S if wait else COMPUTING_S):
+                    end_process(INTERRUPTED, f"interrupted{while_waiting}")
+            elif signum in STOP_SIGNALS:
+                patience = wait.patience_s if wait and wait.patience_s is not None else _patiences[-1]
+                began = max(since, wait.since) if wait else since
+                if patience is not None and now - began > patience:
+                    name = signal.Signals(signum).name
+                    end_process(STOPPED, f"stopped by {name}{while_waiting}; {self._advice}")
+        self._told = {each: self._told.get(each, 0.0) for each in waits}
+        if wait is None:
             return
-        for signum in STOP_SIGNALS:
-            if signum in received and now - max(received[signum], wait.since) > wait.patience_s:
-                words = f"stopped by {signal.Signals(signum).name}{while_waiting}"
-                end_process(STOPPED, f"{words}; the same command goes on from what was saved before")
-
-
-def end_process(code: int, text: str) -> None:
-    """Ends this process from any of its threads, at once and without cleaning up; the log says why."""
-    logger.error("%s", text)
-    os._exit(code)
+        told, waited = self._told[wait], now - wait.since
+        if waited >= (max(2 * told, TELL_AFTER_S) if told else wait.tell_after_s):
+            self._told[wait] = waited
+            logger.warning("waiting for %s (%.0f s)%s", wait.what, waited, wait.advice and f". {wait.advice}")

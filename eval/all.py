@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with stops_raise("the same command goes on with the evaluations that are not done"):
         for number, task in enumerate(tasks, start=1):
             logger.info("%d of %d: %s of %s", number, len(tasks), task.evaluation, task.encoder)
-            entries.append(carry_out(task, submit, args.resubmit))  # a stop leaves through `subprocess.run`, ending it
+            entries.append(carry_out(task, submit, args.resubmit))  # on a stop, `subprocess.run` kills its command
             summary = write_summary(args.output_dir, entries)
             replace_text(args.output_dir / PAGE_NAME, render_evaluations(*summary))
     print(summary.markdown())

@@ -7,7 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dinov2_eq"
 FLOORS = [
-    {"types", "files", "waiting"},
+    {"types", "files", "exits"},
+    {"waiting"},
     {"distributed"},
     {"layers", "loss"},
     {"equivariance", "logging", "probes"},

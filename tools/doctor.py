@@ -108,12 +108,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config and launch.rank == 0:
         checks |= {"disk": check_disk, "memory": check_memory}
     try:
-        with stops_raise("the same command looks again"), process_group(launch, device, SILENCE_LIMIT_S):
+        with stops_raise("run the same command to check again"), process_group(launch, device, SILENCE_LIMIT_S):
             for name, check in checks.items():
                 lines += examine(name, check, plan)
             lines = merge(gather_objects(lines), gather_objects(socket.gethostname()))
-    except InterruptedError:
-        raise
     except Exception as error:
         text = f"process {launch.rank} on {socket.gethostname()} lost the others: {first_line(error)}; see the network"
         lines.append(Line("fix", "processes", text))

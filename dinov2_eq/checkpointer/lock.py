@@ -7,17 +7,18 @@ import os
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
-from dinov2_eq.waiting import end_process, waiting_for
+from dinov2_eq.exits import MISTAKE, end_process
+from dinov2_eq.waiting import waiting_for
 
 BEAT_S = 5.0
 SILENCE_S = 3 * BEAT_S  # of a record of another node, until its run counts as dead
-RECORD_BYTES = 512  # always as many, so that a reader never finds a part
-EXIT_CODE = 2
+RECORD_BYTES = 512  # fixed, so that a reader never sees half a record
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +30,16 @@ class FolderInUse(ValueError):
 class FolderLock:
     """The right to write checkpoints to a folder; a context manager that gives it back.
 
-    The kernel's lock on a file in the folder is gone when its owner is, however it died. Whether it reaches other nodes
-    is up to the file system, so the file also says who the owner is, and is written anew every `BEAT_S` seconds: a
-    record of another node that goes on changing is of a run that is alive.
+    The kernel releases the lock when its owner ends, however it ends. Whether other nodes see the lock is up to the
+    file system. So the file also names the owner, who writes it anew every `BEAT_S` seconds: while the record of a run
+    on another node changes, that run is alive.
 
     Args:
-        folder: exists.
-        name: of the file.
+        folder: exists; the lock is its file `.lock`.
     """
 
-    def __init__(self, folder: Path, name: str = ".lock") -> None:
-        self.path = folder / name
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ".lock"
         self._file: int | None = None
         self._thread = threading.Thread(target=self._beat, name="folder-lock", daemon=True)
         self._leaving = threading.Event()
@@ -61,19 +61,19 @@ class FolderLock:
             if left is not None and not (has_kernel_lock and left.get("boot") == _boot()):
                 self._watch_another_node(left)
                 self._lock(file)  # closing the file anywhere in the process has given it back
+            self._record = {
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "boot": _boot(),
+                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "run": uuid4().hex,
+                "beats": 0,
+            }
+            _write(file, self._record)
         except BaseException:
             os.close(file)
             raise
         self._file = file
-        self._record = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "boot": _boot(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "run": uuid4().hex,
-            "beats": 0,
-        }
-        _write(file, self._record)
         self._thread.start()
 
     def __exit__(
@@ -83,9 +83,12 @@ class FolderLock:
             return
         self._leaving.set()
         self._thread.join(BEAT_S)
-        if not self._thread.is_alive():  # else it waits for a disk that does not answer
-            os.ftruncate(self._file, 0)  # nobody has to wait whether the record changes
-            os.close(self._file)
+        if self._thread.is_alive():  # it waits for a disk that does not answer
+            return
+        with suppress(OSError):
+            if self._is_ours(_read(self._file)):
+                os.ftruncate(self._file, 0)  # nobody has to wait whether the record changes
+        os.close(self._file)
 
     def _lock(self, file: int) -> bool:
         """Whether the file system has locks; raises FolderInUse where another process has this one."""
@@ -99,7 +102,10 @@ class FolderLock:
 
     def _watch_another_node(self, left: dict[str, Any]) -> None:
         """Raises FolderInUse where the record changes."""
-        what = f"signs of life of the run on {left.get('host')} that {self.path} names, which did not end by itself"
+        what = (
+            f"a sign of life from the run on {left.get('host', 'another host')}, which {self.path} names and which did "
+            "not end cleanly"
+        )
         deadline = time.monotonic() + SILENCE_S
         with waiting_for(what, tell_after_s=0, patience_s=1):
             while time.monotonic() < deadline:
@@ -109,7 +115,9 @@ class FolderLock:
                         raise self._in_use(left)
 
     def _in_use(self, owner: dict[str, Any]) -> FolderInUse:
-        who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}" if owner else "another process"
+        who = "another process"
+        if owner.keys() >= {"pid", "host", "since"}:
+            who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
         return FolderInUse(
             f"{self.path.parent} is in use by {who}. End that run, or choose another --output-dir. Processes that are "
             "to train together are started by torchrun or srun"
@@ -119,12 +127,15 @@ class FolderLock:
         while not self._leaving.wait(BEAT_S):
             try:
                 found = _read(self._file)
-                if found is not None and found.get("run") != self._record["run"]:
-                    end_process(EXIT_CODE, f"{self._in_use(found)}")
+                if found is not None and not self._is_ours(found):
+                    end_process(MISTAKE, f"{self._in_use(found)}")
                 self._record["beats"] += 1
                 _write(self._file, self._record)
             except OSError as error:  # a full disk stops the run at something that matters
                 logger.debug("%s: %s", self.path, error)
+
+    def _is_ours(self, record: dict[str, Any] | None) -> bool:
+        return record is not None and record.get("run") == self._record["run"]
 
 
 def _boot() -> str:

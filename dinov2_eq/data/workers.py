@@ -27,7 +27,7 @@ FEWER = "lower train.num_workers, or --num-workers of an evaluation (0: no such 
 
 
 class Loader(DataLoader):
-    """torch's, whose processes leave signals to the main process and whose failures have a sentence.
+    """A `torch.utils.data.DataLoader` whose processes leave signals to the main process; its failures are sentences.
 
     Args:
         collate_fn: from samples to a batch: tensors in tuples, lists and dictionaries of any depth.
@@ -47,23 +47,30 @@ class Loader(DataLoader):
         """Starts the processes, if there are any; the batches follow.
 
         Raises:
-            DataError: the system has no room for them.
+            DataError: the system has no room for the processes or their batches, or one of them is gone.
         """
         try:
             batches = super().__iter__()
         except OSError as error:
+            if not self.num_workers:
+                raise
             text = "shared memory" if error.errno in (errno.ENOSPC, errno.ENOSYS) else str(error)
             raise DataError(_advice(text) or f"Data-loading processes cannot be started ({error}); {FEWER}") from None
-        return _named_waits(batches)
+        return _named_waits(batches, has_workers=self.num_workers > 0)
 
 
-def _named_waits(batches: Iterator[Any]) -> Iterator[Any]:
+def _named_waits(batches: Iterator[Any], has_workers: bool) -> Iterator[Any]:
     while True:
         with waiting_for("data", patience_s=PATIENCE_S):
             try:
                 batch = next(batches)
             except StopIteration:
                 return
+            except (RuntimeError, OSError, EOFError) as error:
+                explained = _explained(error) if has_workers else None
+                if explained is None:
+                    raise
+                raise explained from None
         yield batch
 
 
@@ -129,29 +136,39 @@ def _end_with_the_parent() -> None:
 
 
 @contextmanager
-def loading_explained() -> Iterator[None]:
-    """Says what to do when data-loading processes lack room, or are killed.
+def lost_workers_explained() -> Iterator[None]:
+    """Says what to do when a data-loading process is killed while the main process does something else.
 
-    torch raises a RuntimeError then, at whatever line the main process has reached; or the main process finds that a
-    batch cannot be fetched from a dead one.
+    torch raises a RuntimeError then, at whatever line the main process has reached.
 
     Raises:
-        DataError: instead of any of them.
+        DataError: instead of that.
     """
     try:
         yield
-    except (RuntimeError, OSError, EOFError) as error:
-        text = str(error)
-        is_lost = text.startswith("DataLoader worker (pid") or isinstance(error, ConnectionError | EOFError)
-        advice = _advice(text)
-        if not (is_lost or advice):
+    except RuntimeError as error:
+        if not _is_of_a_lost_worker(error):
             raise
-        raise DataError(
-            advice
-            or f"A data-loading process is gone ({text.strip(' .') or 'end of file'}). Where it has said nothing, most "
-            f"likely the machine, or the job, ran out of memory: ask for more, or {FEWER}; the same command goes on "
-            "from the newest checkpoint"
-        ) from None
+        raise _explained(error) from None
+
+
+def _explained(error: Exception) -> DataError | None:
+    """The error for the user, of one that a loader raised; None for a bug."""
+    text = str(error)
+    if advice := _advice(text):
+        return DataError(advice)
+    # The main process may find that a batch cannot be fetched from a process that is gone.
+    if not (_is_of_a_lost_worker(error) or isinstance(error, ConnectionError | EOFError)):
+        return None
+    return DataError(
+        f"A data-loading process is gone ({text.strip(' .') or 'end of file'}). If it has said nothing, the machine "
+        f"or the job most likely ran out of memory: ask for more, or {FEWER}; the same command goes on from the newest "
+        "checkpoint"
+    )
+
+
+def _is_of_a_lost_worker(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def _advice(text: str) -> str:

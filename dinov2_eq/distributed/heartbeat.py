@@ -13,15 +13,12 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from dinov2_eq.exits import PROCESS_LOST
+
 logger = logging.getLogger(__name__)
 
-EXIT_CODE = 5
 PERIOD_S = 2.0
 GRACE_S = 10.0  # how long the others may take to notice by themselves what one process has noticed
-
-
-class ProcessLost(ConnectionAbortedError):
-    """Another process of the run left before all had met."""
 
 
 class Loss(NamedTuple):
@@ -62,13 +59,10 @@ class Heartbeat:
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
-    def announce(self) -> None:
-        """Tells the others what this process is called."""
+    def __enter__(self) -> "Heartbeat":
         self._name = f"process {self.rank} (host {socket.gethostname()}, pid {os.getpid()})"
         self._store.set(f"name/{self.rank}", self._name)
         self._beat()
-
-    def __enter__(self) -> "Heartbeat":
         self._names = {rank: self._store.get(f"name/{rank}").decode() for rank in self.watched}
         host = self.store_host or self._names.get(0, self._name)
         self._unreachable = Loss(0, f"{host} hosts the connection of all, and no longer answers")
@@ -108,7 +102,7 @@ class Heartbeat:
                 with self._limited():
                     self._take_leave(loss)  # the others read from the store which process is lost
         finally:
-            os._exit(EXIT_CODE)
+            os._exit(PROCESS_LOST)
 
     def _take_leave(self, loss: Loss | None = None) -> None:
         """Says that this process ends; the main one then waits, for 10 s at most, until all that answer said so."""

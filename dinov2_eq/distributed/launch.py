@@ -151,7 +151,6 @@ def process_group(launch: Launch, device: torch.device, silence_limit_s: float) 
         silence_limit_s,
         store_host="torchrun on the main host" if launch.has_store else None,
     )
-    heartbeat.announce()
     await_all(store, place)
     # Longer than the heartbeat's patience: the heartbeat names the process, a collective that times out does not.
     timeout = timedelta(seconds=max(600.0, 4 * silence_limit_s))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from dinov2_eq.distributed.heartbeat import ProcessLost
+from dinov2_eq.exits import ProcessLost
 from dinov2_eq.waiting import waiting_for
 
 MEETING_S = 600.0  # nodes become ready, and containers are unpacked, at different times
@@ -36,8 +36,8 @@ class Place(NamedTuple):
     advice: str  # for whoever started fewer processes than the launcher's variables promise
 
     @property
-    def address(self) -> str:
-        return f"{self.host}:{self.port}"
+    def store(self) -> str:
+        return f"{'torchrun' if self.is_hosted else 'process 0'} at {self.host}:{self.port}"
 
 
 def open_store(place: Place) -> dist.Store:
@@ -50,8 +50,8 @@ def open_store(place: Place) -> dist.Store:
     if place.rank == 0 and not place.is_hosted:
         return _host_store(place)
     deadline, reason = time.monotonic() + MEETING_S, ""
-    what = f"process 0 to answer at {place.address}. {place.advice}"
-    with waiting_for(what, tell_after_s=TELL_AFTER_S, patience_s=PATIENCE_S):
+    what = f"an answer of {place.store}"
+    with waiting_for(what, advice=place.advice, tell_after_s=TELL_AFTER_S, patience_s=PATIENCE_S):
         while time.monotonic() < deadline:
             try:
                 # torch would go on trying by itself, without letting Python look at signals.
@@ -60,22 +60,22 @@ def open_store(place: Place) -> dist.Store:
             except (OSError, dist.DistError) as error:
                 reason = str(error).splitlines()[0]
                 time.sleep(PERIOD_S)
-    raise TimeoutError(f"Process 0 did not answer at {place.address} for {MEETING_S:.0f} s ({reason}). {place.advice}")
+    raise TimeoutError(f"Waited {MEETING_S:.0f} s in vain for {what} ({reason}). {place.advice}")
 
 
 def _host_store(place: Place) -> dist.Store:
     try:
-        with waiting_for(f"an answer of this process itself at {place.address}", patience_s=PATIENCE_S):
+        with waiting_for(f"an answer of this process itself, {place.store}", patience_s=PATIENCE_S):
             return _connect(place, is_master=True)
     except (OSError, dist.DistError) as error:
         text = str(error)
         if "EADDRINUSE" in text or "already in use" in text:
             raise ValueError(
-                f"Port {place.port} of MASTER_PORT is in use on this host ({socket.gethostname()}), by another run "
-                "perhaps. Choose another port"
+                f"Port {place.port} of MASTER_PORT is in use on this host ({socket.gethostname()}), perhaps by "
+                "another run. Choose another port"
             ) from None
         raise ValueError(
-            f"Process 0, on {socket.gethostname()}, does not reach itself at {place.address}: {text.splitlines()[0]}. "
+            f"On {socket.gethostname()}, this process cannot reach itself as {place.store}: {text.splitlines()[0]}. "
             "MASTER_ADDR must name the host of process 0, and MASTER_PORT a port that it may open"
         ) from None
 
@@ -88,15 +88,7 @@ def _connect(place: Place, is_master: bool) -> dist.Store:
         try:
             timeout = timedelta(seconds=ANSWER_S)
             found.append(
-                dist.TCPStore(
-                    place.host,
-                    place.port,
-                    place.world_size,
-                    is_master,
-                    timeout,
-                    wait_for_workers=False,
-                    multi_tenant=is_master,
-                )
+                dist.TCPStore(place.host, place.port, place.world_size, is_master, timeout, wait_for_workers=False)
             )
         except Exception as error:
             found.append(error)
@@ -121,21 +113,23 @@ def await_all(store: dist.Store, place: Place) -> None:
     began = time.monotonic()
     tell_after_s = TELL_AFTER_S if place.rank == 0 else OTHERS_TELL_AFTER_S
     try:
-        store.set(f"came/{place.rank}", "")
-        num_here = store.add("came", 1)
         with waiting_for("the other processes", tell_after_s=math.inf, patience_s=PATIENCE_S):
+            store.set(f"came/{place.rank}", "")
+            num_here = store.add("came", 1)
             while num_here < place.world_size:
                 time.sleep(PERIOD_S)
                 num_here, waited_s = store.add("came", 0), time.monotonic() - began
                 if waited_s > MEETING_S:
-                    raise TimeoutError(f"Waited {MEETING_S:.0f} s in vain for {_missing(store, place, num_here)}")
+                    missing = _missing(store, place, num_here)
+                    raise TimeoutError(f"Waited {MEETING_S:.0f} s in vain for {missing}. {place.advice}")
                 if waited_s > tell_after_s:
-                    logger.warning("waiting for %s (%.0f s)", _missing(store, place, num_here), waited_s)
+                    missing = _missing(store, place, num_here)
+                    logger.warning("waiting for %s (%.0f s). %s", missing, waited_s, place.advice)
                     tell_after_s = 2 * waited_s
     except dist.DistError as error:
         raise ProcessLost(
-            f"Process 0 left {place.address} before all processes had come, its log says why "
-            f"({str(error).splitlines()[0]})"
+            f"The store of {place.store} closed before all processes had come ({str(error).splitlines()[0]}); the log "
+            "of process 0 says why"
         ) from None
 
 
@@ -143,4 +137,4 @@ def _missing(store: dist.Store, place: Place, num_here: int) -> str:
     number = place.world_size - num_here
     absent = (rank for rank in range(place.world_size) if not store.check([f"came/{rank}"]))
     shown = ", ".join(map(str, islice(absent, NUM_SHOWN))) + (", ..." if number > NUM_SHOWN else "")
-    return f"{number} of {place.world_size} processes (number {shown}). {place.advice}"
+    return f"{number} of {place.world_size} processes, {'rank' if number == 1 else 'ranks'} {shown}"

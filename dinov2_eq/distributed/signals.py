@@ -1,6 +1,5 @@
 """A signal to one process stops all of them at the same step."""
 
-import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +10,8 @@ import torch
 import torch.distributed as dist
 
 from dinov2_eq.distributed import PATIENCE_S, is_distributed
-from dinov2_eq.waiting import STOP_SIGNALS, SignalWatch, waiting_for
-
-
-class Stopped(InterruptedError):
-    """The command was asked to stop by a signal, and stops."""
+from dinov2_eq.exits import Stopped
+from dinov2_eq.waiting import STOP_SIGNALS, SignalWatch, obey, stop_signals_after
 
 
 class StoppedBySignal(Stopped):
@@ -27,19 +23,19 @@ class StoppedBySignal(Stopped):
 
 
 class StopRequest:
-    """A context manager in which `STOP_SIGNALS` only make a note, which `agreed` reads; what is ignored stays so."""
+    """A context manager in which `STOP_SIGNALS` only make a note, which `agreed` reads. What is ignored stays so."""
 
     def __init__(self) -> None:
         self._signum = 0
 
     def __enter__(self) -> "StopRequest":
-        self._previous = _handle(self._note)
-        self._obeys = waiting_for("", tell_after_s=math.inf)  # whatever the code around this does about signals
-        self._obeys.__enter__()
+        self._previous = _handle(self._note, STOP_SIGNALS)
+        self._patience = stop_signals_after(None)  # the next step ends by itself
+        self._patience.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._obeys.__exit__(None, None, None)
+        self._patience.__exit__(None, None, None)
         _restore(self._previous)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
@@ -47,34 +43,40 @@ class StopRequest:
 
     def agreed(self, device: torch.device) -> int:
         """The signal that any process received, 0 for none; all processes must ask, and all get the same answer."""
-        if not is_distributed():
-            return self._signum
-        signum = torch.tensor(self._signum, device=device)
-        dist.all_reduce(signum, dist.ReduceOp.MAX)
-        return int(signum)
+        signum = self._signum
+        if is_distributed():
+            received = torch.tensor(signum, device=device)
+            dist.all_reduce(received, dist.ReduceOp.MAX)
+            signum = int(received)
+        if signum:
+            for each in STOP_SIGNALS:
+                obey(each)
+        return signum
 
 
 @contextmanager
 def stops_raise(advice: str) -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Stopped`, with the advice behind the name of the signal.
+    """SIGTERM and SIGHUP raise `Stopped`; a `SignalWatch` ends the process where Python cannot do that.
 
-    Where Python's handlers do not run, the process ends after `PATIENCE_S` seconds: a `SignalWatch` is included.
+    Args:
+        advice: what to do then; it follows the name of the signal.
     """
 
     def stop(signum: int, frame: FrameType | None) -> None:
+        obey(signum)
         raise Stopped(f"stopped by {signal.Signals(signum).name}; {advice}")
 
-    previous = _handle(stop, signal.SIGTERM, signal.SIGHUP)
+    previous = _handle(stop, (signal.SIGTERM, signal.SIGHUP))
     try:
-        with SignalWatch(), waiting_for("", tell_after_s=math.inf, patience_s=PATIENCE_S):
+        with SignalWatch(advice), stop_signals_after(PATIENCE_S):
             yield
     finally:
         _restore(previous)
 
 
-def _handle(handler: Any, *signals: int) -> dict[int, Any]:
-    """Installs a handler for signals that are not ignored; returns those from before."""
-    before = {signum: signal.getsignal(signum) for signum in signals or STOP_SIGNALS}
+def _handle(handler: Any, signals: tuple[int, ...]) -> dict[int, Any]:
+    """Installs a handler for those signals that are not ignored; returns the handlers from before."""
+    before = {signum: signal.getsignal(signum) for signum in signals}
     kept = {signum: previous for signum, previous in before.items() if previous is not signal.SIG_IGN}
     for signum in kept:
         signal.signal(signum, handler)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dinov2_eq.data.workers import loading_explained
+from dinov2_eq.data.workers import lost_workers_explained
 from dinov2_eq.distributed import from_main_process, get_world_size, pick_device
 from dinov2_eq.distributed.launch import find_launch, process_group
 from dinov2_eq.distributed.signals import stops_raise
@@ -96,9 +96,9 @@ def evaluation_processes(args: argparse.Namespace) -> Iterator[torch.device]:
     launch = find_launch()
     device = pick_device("cpu" if args.dry_run else args.device, launch.local_rank)
     with (
-        stops_raise("the same command does it again"),
+        stops_raise("run the same command to start over"),
         process_group(launch, device, SILENCE_LIMIT_S),
-        loading_explained(),
+        lost_workers_explained(),
     ):
         setup_logging()
         yield device

@@ -143,7 +143,7 @@ def train_grid(
         keep_every_epochs: after so many, a copy of the checkpoint stays for ever.
 
     Raises:
-        StoppedBySignal: SIGTERM or SIGUSR2 reached a process; a checkpoint of this step is written.
+        StoppedBySignal: SIGTERM, SIGUSR2 or SIGHUP reached a process; a checkpoint of this step is written.
     """
     training = checkpoints.training
     with StopRequest() as stop:

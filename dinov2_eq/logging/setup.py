@@ -26,16 +26,18 @@ class _Terminal:
     tqdm keeps its lock for ever when a write in it fails, and whoever logs next would wait for that.
     """
 
+    GONE = (OSError, ValueError, AttributeError)  # hung up, closed, or none from the start
+
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
 
     def write(self, text: str) -> int:
-        with suppress(Exception):
+        with suppress(*self.GONE):
             sys.stderr.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(Exception):
+        with suppress(*self.GONE):
             sys.stderr.flush()
 
 

@@ -45,7 +45,7 @@ def knn_predict(
     labels = train_labels.to(train_features.device)
     num_classes = int(labels.max()) + 1
     distances, indices = nearest_neighbours(val_features, train_features, max(ks))  # [M, max_k]
-    weights = (-distances / temperature).softmax(dim=1)  # as of s_j, which are 1 - distance
+    weights = (-distances / temperature).softmax(dim=1)  # those of s_j = 1 - distance: softmax ignores what all share
     chunk = max(1, MAX_VOTES // num_classes)
     for votes, some_weights in zip(labels[indices].split(chunk), weights.split(chunk), strict=True):
         empty = weights.new_zeros(len(votes), num_classes)

@@ -12,6 +12,7 @@ MAX_LINE_SEARCHES = 50
 GRADIENT_TOLERANCE = 1e-6  # largest component, of the mean loss of an image, in the units of `fit_logistic`
 LOSS_TOLERANCE = 1e-14  # relative change
 HISTORY = 10
+MAX_ROWS = 2**16  # in float64 at a time
 
 
 class LogisticFit(NamedTuple):
@@ -54,11 +55,13 @@ def fit_logistic(
         dtype: float32 or float64, of that computation.
     """
     num_images, dim = features.shape
-    centre = features.double().mean(dim=0)
-    rows = (features.double() - centre).to(dtype)
+    centre = sum(part.double().sum(dim=0) for part in features.split(MAX_ROWS)) / num_images
+    rows = torch.empty_like(features, dtype=dtype)
+    for part, original in zip(rows.split(MAX_ROWS), features.split(MAX_ROWS), strict=True):
+        part.copy_(original.double() - centre)
     targets = labels.to(rows.device)[:, None]
     decay = 1 / (strength * num_images)
-    variance = rows.double().square().mean(dim=0)
+    variance = sum(part.double().square().sum(dim=0) for part in rows.split(MAX_ROWS)) / num_images
     unit = (variance + decay).rsqrt()  # [D]
     # A bound for the weights: a mean cross-entropy curves by at most half of the mean square of its inputs.
     curvature = (unit.square() * variance).sum().item() / 2 + (unit.square() * decay).max().item()

@@ -9,7 +9,6 @@ from contextlib import suppress
 
 from dinov2_eq import __version__
 from dinov2_eq.run.outcome import exit_code
-from dinov2_eq.waiting import INTERRUPTED
 
 COMMANDS = {
     "train": ("dinov2_eq.train.train", "pretrain a backbone"),
@@ -53,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; what the user can mend is printed without a traceback.
 
     Returns:
-        0 on success, 2 on a mistake in config, data, files or flags, 3 when training met a NaN or infinity, 4 when it
-        was stopped by a signal and has saved, 5 when another process of the run was lost, 130 on Ctrl-C.
+        0 on success, 2 on a mistake in config, data, files or flags, 3 when training met a NaN or infinity, 4 when a
+        signal stopped it, 5 when another process of the run was lost, 130 on Ctrl-C; 1 when nobody reads its output.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -70,15 +69,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         name, rest = find_command(argv)
         importlib.import_module(COMMANDS[name][0]).main(rest)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("dinov2-eq: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # `dinov2-eq ... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more at its end
-        return 1
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():  # `dinov2-eq ... | head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more at its end
+            return 1
         return exit_code(error)
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether it is the output that a BrokenPipeError is about: what could not be written is still there to fail."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError
 
+from dinov2_eq.exits import STOPPED
 from dinov2_eq.run.job import Job
-from dinov2_eq.waiting import STOPPED
 
 PACKAGES = ("dinov2_eq", "dinov2_eq.eval", "dinov2_eq.tools", "dinov2_eq.configs")
 

@@ -11,6 +11,7 @@ import submitit
 from submitit.core.utils import UncompletedJobError
 
 from dinov2_eq.distributed.signals import StoppedBySignal
+from dinov2_eq.exits import Stopped
 from dinov2_eq.run.cli import COMMANDS, find_command
 from dinov2_eq.run.outcome import exit_code
 
@@ -61,7 +62,7 @@ class Job:
                 requeue(signal.SIGUSR2, None)  # ends the first process; the others return
             except UncompletedJobError as error:  # it has run out of time too often
                 sys.exit(f"dinov2-eq: {error}")
-        except Exception as error:
+        except (Exception, Stopped) as error:
             sys.exit(exit_code(error))
 
     def _argv_to_go_on(self) -> list[str]:

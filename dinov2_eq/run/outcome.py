@@ -3,20 +3,22 @@
 import sys
 from contextlib import suppress
 
-from dinov2_eq.waiting import STOPPED
+from dinov2_eq.exits import INTERRUPTED, MISTAKE, NOT_FINITE, PROCESS_LOST, STOPPED, ProcessLost, Stopped
 
 # The first row that fits counts.
-EXIT_CODES: tuple[tuple[tuple[type[Exception], ...], int], ...] = (
-    ((InterruptedError,), STOPPED),
-    ((ConnectionAbortedError,), 5),
-    ((FloatingPointError,), 3),
-    ((ValueError, OSError), 2),
+EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
+    (KeyboardInterrupt, INTERRUPTED),
+    (Stopped, STOPPED),
+    (ProcessLost, PROCESS_LOST),
+    (FloatingPointError, NOT_FINITE),
+    (ValueError, MISTAKE),
+    (OSError, MISTAKE),
 )
 
 
-def exit_code(error: Exception) -> int:
+def exit_code(error: BaseException) -> int:
     """Prints what `error` says and returns the exit code of its kind; raises it again where it is a bug."""
-    code = next((code for kinds, code in EXIT_CODES if isinstance(error, kinds)), None)
+    code = next((code for kind, code in EXIT_CODES if isinstance(error, kind)), None)
     if code is None:
         raise error
     with suppress(OSError):  # the terminal may be gone
@@ -24,6 +26,6 @@ def exit_code(error: Exception) -> int:
     return code
 
 
-def _words(error: Exception) -> str:
+def _words(error: BaseException) -> str:
     """The message alone: torch puts the whole traceback of a data-loading process in front of it."""
-    return str(error).rpartition(f"{type(error).__name__}: ")[2]
+    return str(error).rpartition(f"{type(error).__name__}: ")[2] or "interrupted"

@@ -22,9 +22,9 @@ def _masks(config: Config) -> Iterator[str]:
     if not masking(NUM_MASKS, range(NUM_MASKS), config.train.seed, step=0).any():
         height, width = patch_grid(config)
         yield (
-            f"iBOT never masks a patch, so its loss is always 0: ibot.mask_ratio_min_max={ibot.mask_ratio_min_max} of "
-            f"the {height} x {width} patches of a global crop. Raise it, take larger crops or smaller patches, or set "
-            "ibot.loss_weight=0"
+            f"iBOT learns next to nothing: in {NUM_MASKS} trial masks no patch was masked, "
+            f"ibot.mask_ratio_min_max={ibot.mask_ratio_min_max} of the {height} x {width} patches of a global crop. "
+            "Raise it, take larger crops or smaller patches, or set ibot.loss_weight=0"
         )
 
 
@@ -36,7 +36,9 @@ def _prototypes(config: Config) -> Iterator[str]:
         ("ibot.head_n_prototypes", ibot.head_n_prototypes, ibot.loss_weight > 0 and ibot.separate_head),
     ):
         if is_used and number == 1:
-            yield f"{key}=1: with one prototype every answer is right, and the loss is always 0. Give many, as 65536"
+            yield (
+                f"{key}=1: with one prototype every answer is right and the loss always 0. Use many, for example 65536"
+            )
 
 
 def _transform(config: Config) -> Iterator[str]:
@@ -63,7 +65,7 @@ def _batch(config: Config) -> Iterator[str]:
 def _what_never_moves(config: Config) -> Iterator[str]:
     optim, teacher = config.optim, config.teacher
     if teacher.momentum_teacher == teacher.final_momentum_teacher == 1:
-        yield "teacher.momentum_teacher=1 until the end: the teacher never moves. Lower it, as 0.992"
+        yield "teacher.momentum_teacher=1 until the end: the teacher never moves. Lower it, for example to 0.992"
     for key, length, what in (
         ("optim.freeze_backbone_steps", optim.freeze_backbone_steps, "backbone"),
         ("optim.freeze_last_layer_steps", optim.freeze_last_layer_steps, "last layer of the heads"),

@@ -18,7 +18,7 @@ from dinov2_eq.data.corrupt import CorruptCounter
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.data.loaders import to_device
 from dinov2_eq.data.seeding import Stream, seed_for
-from dinov2_eq.data.workers import loading_explained
+from dinov2_eq.data.workers import lost_workers_explained
 from dinov2_eq.distributed import (
     from_main_process,
     get_local_world_size,
@@ -73,10 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     remarks: list[str] = []
     config = load_config(args.config_file, args.overrides, remarks.append)
     if args.print_config:
-        print(*remarks, sep="\n", end="\n" if remarks else "", file=sys.stderr)
+        for remark in remarks:
+            print(remark, file=sys.stderr)
         print(to_yaml(config), end="")
     elif args.dry_run:
-        print(*remarks, sep="\n", end="\n" if remarks else "")
+        for remark in remarks:
+            print(remark)
         print_plan(config, uses_half_precision(config, pick_device(config.train.device)))
     elif args.output_dir is None:
         raise ValueError("--output-dir is missing: name the folder that the run writes to")
@@ -97,21 +99,26 @@ def do_train(config: Config, output_dir: Path, *, resume: bool = True, remarks: 
         ValueError: config, data or checkpoint that cannot be used, or another run is in the folder.
         OSError: `output_dir` cannot be written.
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those before that step.
-        StoppedBySignal: SIGTERM or SIGUSR2 reached a process; the state is saved.
+        StoppedBySignal: SIGTERM, SIGUSR2 or SIGHUP reached a process; the state is saved.
     """
     launch = find_launch()
     device = pick_device(config.train.device, launch.local_rank)
-    with SignalWatch(), StopRequest() as stop, process_group(launch, device, config.train.lost_rank_timeout_s):
+    with (
+        SignalWatch("the same command goes on from the newest checkpoint, if there is one"),
+        StopRequest() as stop,
+        process_group(launch, device, config.train.lost_rank_timeout_s),
+    ):
         check_writable(output_dir)
         setup_logging(output_dir)
-        for sentence in (*remarks, *cautions(config)) if is_main_process() else ():
-            logger.warning("%s", sentence)
+        if is_main_process():
+            for sentence in (*remarks, *cautions(config)):
+                logger.warning("%s", sentence)
         folder = output_dir / run_folder.CHECKPOINTS
         kept, kept_for_ever = config.train.keep_checkpoints, config.train.keep_checkpoint_every_steps
         with (
             FolderLock(output_dir) as lock,
             closing(Checkpointer(folder, kept, kept_for_ever)) as checkpointer,
-            loading_explained(),
+            lost_workers_explained(),
             disk_errors_explained(output_dir),
         ):
             from_main_process(lock.acquire, "the lock of the run folder")

@@ -1,5 +1,6 @@
 """One run at a time in a folder: on this machine by the kernel's lock, on several by a record that changes."""
 
+import errno
 import json
 import os
 import threading
@@ -55,19 +56,11 @@ def test_a_run_that_ends_leaves_no_record(tmp_path):
     assert try_to_take(tmp_path) == "taken"
 
 
-def test_locks_of_other_names_do_not_meet(tmp_path):
-    ((holder,), _) = start_ranks(hold, 1, tmp_path, 60)
-    wait_for(tmp_path / "taken")
-    with FolderLock(tmp_path, ".other.lock") as lock:
-        lock.acquire()
-    holder.kill()
-
-
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """What a run on another node has written, where the file system passes no locks on."""
     monkeypatch.setattr(module, "BEAT_S", 0.1)
-    monkeypatch.setattr(module, "SILENCE_S", 0.6)
+    monkeypatch.setattr(module, "SILENCE_S", 0.2)
     record = {"host": "node7", "pid": 7, "boot": "another", "since": "2030-01-01 00:00:00", "run": "theirs", "beats": 3}
     path = tmp_path / ".lock"
     path.write_text(json.dumps(record).ljust(module.RECORD_BYTES))
@@ -78,6 +71,7 @@ def elsewhere(tmp_path, monkeypatch):
 def test_a_run_on_another_node_is_alive_as_long_as_its_record_changes(elsewhere, tmp_path, monkeypatch, has_locks):
     if not has_locks:
         monkeypatch.setattr(module.fcntl, "lockf", lambda *_: os.open("/no/such/file", os.O_RDONLY))
+    monkeypatch.setattr(module, "SILENCE_S", 60)
     path, record = elsewhere
 
     def beat():
@@ -88,7 +82,16 @@ def test_a_run_on_another_node_is_alive_as_long_as_its_record_changes(elsewhere,
     beating.start()
     assert "is in use by process 7 on node7, since 2030-01-01" in try_to_take(tmp_path)
     beating.join()
+    monkeypatch.setattr(module, "SILENCE_S", 0.2)
     assert try_to_take(tmp_path) == "taken"  # nothing changes any more
+
+
+def test_a_folder_that_was_taken_over_is_locked(elsewhere, tmp_path):
+    """Looking at the record has opened and closed the file, which gives back the kernel's lock."""
+    with FolderLock(tmp_path) as lock:
+        lock.acquire()
+        (message,) = run_ranks(try_to_take, 1, tmp_path)
+    assert f"is in use by process {os.getpid()} on" in message
 
 
 def test_a_run_whose_folder_was_taken_over_ends(elsewhere, tmp_path, monkeypatch):
@@ -110,6 +113,28 @@ def test_a_run_whose_folder_was_taken_over_ends(elsewhere, tmp_path, monkeypatch
         assert ended.wait(10)
     code, text = told[0]
     assert code == 2 and "is in use by process 7 on node7" in text
+
+
+def test_who_lost_the_folder_leaves_the_record_of_its_owner(elsewhere, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BEAT_S", 60)
+    path, record = elsewhere
+    theirs = json.dumps(record).ljust(module.RECORD_BYTES)
+    path.write_bytes(b"")
+    with FolderLock(tmp_path) as lock:
+        lock.acquire()
+        with path.open("r+b") as file:
+            file.write(theirs.encode())
+    assert path.read_text() == theirs
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def fail(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"), FolderLock(tmp_path) as lock:
+        patch.setattr(module.os, "fsync", fail)
+        lock.acquire()
+    assert run_ranks(try_to_take, 1, tmp_path) == ["taken"]
 
 
 def test_nothing_that_could_be_a_record(tmp_path):

@@ -15,9 +15,10 @@ import time
 import pytest
 import torch
 
+from dinov2_eq import waiting
 from dinov2_eq.data import workers
 from dinov2_eq.data.datasets import DataError
-from dinov2_eq.data.workers import Loader, loading_explained
+from dinov2_eq.data.workers import Loader, lost_workers_explained
 from dinov2_eq.distributed.signals import StopRequest
 from dinov2_eq.waiting import SignalWatch
 from tests.processes import run_ranks, start_ranks
@@ -99,7 +100,7 @@ def read_after_a_kill():
     started = time.monotonic()
     os.kill(next(iter(pids)), signal.SIGKILL)
     try:
-        with loading_explained():
+        with lost_workers_explained():
             for _ in batches:
                 pass
     except DataError as error:
@@ -112,7 +113,7 @@ def read_after_a_kill():
 def test_a_killed_worker_is_reported_at_once():
     ((message, seconds),) = run_ranks(read_after_a_kill, 1)
     assert re.search(
-        r"A data-loading process is gone \(.+\)\. Where it .* most likely .*lower train\.num_workers", message
+        r"A data-loading process is gone \(.+\)\. If it .* most likely .*lower train\.num_workers", message
     )
     assert seconds < 10
 
@@ -140,7 +141,7 @@ def test_no_room_for_the_queues(monkeypatch):
 
 
 def read_all(loader):
-    with loading_explained():
+    with lost_workers_explained():
         return list(loader)
 
 
@@ -172,9 +173,23 @@ def test_a_bug_in_a_worker_stays_a_bug():
         read_all(Loader(torch.arange(10.0), num_workers=1, collate_fn=fail))
 
 
+def hear_of_a_signal_to_a_worker():
+    with SignalWatch("run it again") as watch:
+        _batches, pids = start_loader()
+        signal_from_another_process(pids, "INT")
+        wait_until_gone(pids, timeout_s=20)
+        time.sleep(2 * waiting.TICK_S)
+        return signal.SIGINT in watch._received
+
+
+def test_signals_to_a_worker_are_not_the_main_process_s():
+    """It was forked with the file descriptor that Python reports signals to."""
+    assert run_ranks(hear_of_a_signal_to_a_worker, 1) == [False]
+
+
 def wait_for_data_that_never_come():
     workers.PATIENCE_S = 0.5
-    with SignalWatch(), StopRequest():
+    with SignalWatch("run it again"), StopRequest():
         threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGTERM]).start()
         next(iter(Loader(torch.arange(10.0), num_workers=1, collate_fn=lambda samples: time.sleep(30))))
 

@@ -1,16 +1,15 @@
 """Processes that find each other, or do not."""
 
 import socket
-import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from dinov2_eq.distributed import meeting
-from dinov2_eq.distributed.heartbeat import ProcessLost
 from dinov2_eq.distributed.launch import find_launch, process_group
 from dinov2_eq.distributed.meeting import Place, await_all, open_store
+from dinov2_eq.exits import ProcessLost
 from tests.processes import free_port, run_ranks
 
 
@@ -35,21 +34,25 @@ def test_who_is_missing_is_told_at_once_and_named_at_the_end(monkeypatch, caplog
     store = open_store(main)
     store.set("came/3", "")
     store.add("came", 1)
-    with pytest.raises(TimeoutError, match=r"Waited 1 s in vain for 7 of 9 processes \(number 1, 2, 4, 5, 6, \.\.\.\)"):
+    with pytest.raises(TimeoutError, match=r"Waited 1 s in vain for 7 of 9 processes, ranks 1, 2, 4, 5, 6, \.\.\."):
         await_all(store, main)
-    assert "waiting for 7 of 9 processes (number 1, 2, 4, 5, 6, ...). Start them all" in caplog.text
+    assert "waiting for 7 of 9 processes, ranks 1, 2, 4, 5, 6, ... (" in caplog.text
+    assert "Start them all" in caplog.text
 
 
 def test_nobody_hosts_the_store(monkeypatch):
     monkeypatch.setattr(meeting, "MEETING_S", 0.5)
     where = place(1)
-    with pytest.raises(TimeoutError, match=rf"Process 0 did not answer at {where.address} for 0 s .*refused"):
+    expected = (
+        rf"Waited 0 s in vain for an answer of process 0 at 127\.0\.0\.1:{where.port} \(.*refused\)\. Start them all"
+    )
+    with pytest.raises(TimeoutError, match=expected):
         open_store(where)
 
 
 def test_a_launcher_that_promises_a_store_and_has_none(monkeypatch):
     monkeypatch.setattr(meeting, "MEETING_S", 0.5)
-    with pytest.raises(TimeoutError, match="did not answer"):
+    with pytest.raises(TimeoutError, match="in vain for an answer of torchrun at"):
         open_store(place(0, is_hosted=True))
 
 
@@ -69,15 +72,15 @@ def test_somebody_else_answers_at_the_port(monkeypatch):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        started = time.monotonic()
-        with pytest.raises(TimeoutError, match=r"did not answer .* is no store of torch"):
+        with pytest.raises(TimeoutError, match=r"in vain for an answer .* is no store of torch"):
             open_store(place(1, port=other.getsockname()[1]))
-        assert time.monotonic() - started < 30
 
 
 def test_a_main_process_that_is_not_where_it_should_be(monkeypatch):
     monkeypatch.setattr(meeting, "ANSWER_S", 1.0)
-    with pytest.raises(ValueError, match=r"does not reach itself at nowhere\.invalid:\d+: .*MASTER_ADDR must name"):
+    with pytest.raises(
+        ValueError, match=r"cannot reach itself as process 0 at nowhere\.invalid:\d+: .*MASTER_ADDR must name"
+    ):
         open_store(place(0, host="nowhere.invalid"))
 
 
@@ -86,7 +89,9 @@ def test_the_main_process_leaves_before_all_have_come():
         def set(self, key, value):
             raise dist.DistNetworkError("Connection reset by peer\nand a trace")
 
-    with pytest.raises(ProcessLost, match=r"Process 0 left .* before all processes had come.*\(Connection reset by"):
+    with pytest.raises(
+        ProcessLost, match=r"The store of process 0 at .* closed before all .* had come \(Connection reset by"
+    ):
         await_all(Closed(), place(1))
 
 

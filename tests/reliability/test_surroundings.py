@@ -1,8 +1,8 @@
 """What a run finds where it is started: another run, little shared memory, a taken port, nobody who listens."""
 
-import ctypes
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,7 +19,6 @@ from tests.reliability.faults import FAULT, RUN
 from tests.reliability.runs import exit_codes
 
 pytestmark = pytest.mark.cluster
-NEW_MOUNTS = 0x00020000  # CLONE_NEWNS
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -38,41 +37,45 @@ def test_a_second_run_in_the_same_folder(run, uninterrupted):
     run.goes_on(uninterrupted, 3)
 
 
-def train_alone(folder: Path, *overrides: str, **variables: str) -> None:
-    """`dinov2-eq train` in a process that has these variables of launchers only, with its terminal in a file."""
+def forget_the_launcher() -> None:
     for name in LAUNCHERS:
         os.environ.pop(name, None)
+
+
+def train_with_variables(folder: Path, variables: dict[str, str]) -> None:
+    """`dinov2-eq train` in a process that has these variables of launchers only, with its terminal in a file."""
+    forget_the_launcher()
     os.environ.update(variables)
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
     with open(folder / "terminal.txt", "w") as terminal:
         os.dup2(terminal.fileno(), sys.stderr.fileno())
-    train(folder, *overrides)
+    train(folder)
 
 
-def train(folder: Path, *overrides: str) -> None:
-    code = cli.main(["train", "--config-file", "debug", "--output-dir", str(folder / RUN), *TINY, *overrides])
+def train(folder: Path) -> None:
+    code = cli.main(["train", "--config-file", "debug", "--output-dir", str(folder / RUN), *TINY])
     os._exit(code)  # Python itself would still write to the terminal
 
 
-def train_with_little_shared_memory(folder: Path) -> None:
-    if ctypes.CDLL(None).unshare(NEW_MOUNTS):
-        sys.exit(77)
-    for command in ("mount --make-rprivate /", "mount -t tmpfs -o size=256k tmpfs /dev/shm"):
-        if subprocess.run(command.split()).returncode:
-            sys.exit(77)
-    train_alone(folder, "train.num_workers=2", "train.batch_size_per_gpu=16", "crops.global_crops_size=64")
-
-
 def test_little_shared_memory(tmp_path):
-    processes, _ = start_ranks(train_with_little_shared_memory, 1, tmp_path)
-    (code,) = exit_codes(processes)
-    if code == 77:
-        pytest.skip("no mount namespace here")
-    assert code == 2
-    told = (tmp_path / "terminal.txt").read_text()
-    assert "dinov2-eq: /dev/shm, through which data-loading processes hand over their batches, is too small" in told
-    assert "Traceback" not in told
+    own_mounts = ["unshare", "--mount", *(["--map-root-user"] if os.getuid() else [])]
+    if shutil.which("unshare") is None or subprocess.run([*own_mounts, "true"]).returncode:
+        pytest.skip("no mounts of its own for a process here")
+    small = 'mount -t tmpfs -o size=256k tmpfs /dev/shm && exec "$@"'
+    program = [sys.executable, "-m", "dinov2_eq.run.cli", "train", "--config-file", "debug", "--output-dir", RUN, *TINY]
+    overrides = ["train.num_workers=2", "train.batch_size_per_gpu=16", "crops.global_crops_size=64"]
+    done = subprocess.run(
+        [*own_mounts, "sh", "-c", small, "sh", *program, *overrides],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    expected = "dinov2-eq: /dev/shm, through which data-loading processes hand over their batches, is too small"
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def train_with_a_lost_terminal(folder: Path) -> None:
@@ -80,8 +83,7 @@ def train_with_a_lost_terminal(folder: Path) -> None:
     os.close(reading)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(writing, stream.fileno())
-    for name in LAUNCHERS:
-        del os.environ[name]
+    forget_the_launcher()
     train(folder)
 
 
@@ -90,10 +92,6 @@ def test_a_lost_terminal(tmp_path):
     assert exit_codes(processes) == [0]
     assert "finished: 6 steps" in (tmp_path / RUN / "logs" / "log.0.txt").read_text().splitlines()[-1]
     assert "6" in os.listdir(tmp_path / RUN / "checkpoints")
-
-
-def train_with_variables(folder: Path, variables: dict[str, str]) -> None:
-    train_alone(folder, **variables)
 
 
 def test_a_port_that_is_taken(tmp_path):
@@ -118,7 +116,7 @@ def test_a_single_process_in_a_shell_of_srun(tmp_path, signum, code):
     (process,), _ = start_ranks(train_with_variables, 1, tmp_path, variables)
     told = tmp_path / "terminal.txt"
     deadline = time.monotonic() + 60
-    while not (told.exists() and "waiting for 1 of 2 processes (number 1)" in told.read_text()):
+    while not (told.exists() and "waiting for 1 of 2 processes, rank 1 (" in told.read_text()):
         assert time.monotonic() < deadline and process.is_alive(), told.read_text()
         time.sleep(0.1)
     os.kill(process.pid, signum)
