@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 demo: $(VENV)/.installed  ## pretrain on generated images, with the task and without, probe both and write a report
 	BIN=$(BIN) tools/demo.sh $(DEMO)
 
-test: $(VENV)/.installed-dev  ## all tests but those of the next line
+test: $(VENV)/.installed-dev  ## all tests except test-cluster
 	$(PYTEST) --dist worksteal -m "not cluster" tests
 
 test-cluster: $(VENV)/.installed-dev  ## a real SLURM with two nodes, torchrun, and processes that are killed
