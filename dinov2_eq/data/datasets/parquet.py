@@ -68,6 +68,8 @@ class Parquet(EncodedImages):
             )
 
     def _check_file(self, file: str) -> pq.FileMetaData:
+        if not os.path.isfile(file):  # a glob pattern finds others, too, and to open a named pipe would wait for ever
+            raise DataError(f"{file} is a broken link, or no regular file; choose another pattern, or remove it")
         try:
             with _open(file) as parquet:
                 metadata = parquet.metadata
@@ -210,7 +212,7 @@ def _list_files(path: str) -> list[str]:
     else:
         left_out = LeftOut(Path(path).joinpath)
         files = []
-        for name, _ in list_files(Path(path), left_out):
+        for name in list_files(Path(path), left_out):
             base = os.path.basename(name)
             if base.endswith(".parquet") and not base.startswith("."):
                 files.append(os.path.join(path, name))
