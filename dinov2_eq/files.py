@@ -1,7 +1,6 @@
 """Files that are written whole or not at all, and folders that cannot be written: asked before hours of computing."""
 
 import errno
-import glob
 import hashlib
 import json
 import os
@@ -9,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -55,13 +55,9 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
 def whole_file(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to: the file is `path` when the block ends; when it fails, `path` is as before.
 
-    Every call has a name of its own, so that of two jobs which write the same file one wins and neither fails. Names
-    that a killed process left behind are removed after a day.
+    Every call has a name of its own, so that of two jobs which write the same file one wins and neither fails.
     """
-    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*{TEMPORARY}"):
-        with suppress(OSError):  # the other job may have ended meanwhile
-            if time.time() - leftover.stat().st_mtime > DAY_S:
-                leftover.unlink()
+    _remove_leftovers(path.parent)
     temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}{TEMPORARY}")
     try:
         yield temporary
@@ -70,6 +66,15 @@ def whole_file(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+@cache  # a search for each of ten thousand files in a folder would take longer than to write them
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left behind in the folder, a day later; each process looks once."""
+    for leftover in folder.glob(f"*.{'[0-9a-f]' * 8}{TEMPORARY}"):
+        with suppress(OSError):  # the other job may have ended meanwhile
+            if time.time() - leftover.stat().st_mtime > DAY_S:
+                leftover.unlink()
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """Files are written whole or not at all."""
 
 import errno
+import os
 import subprocess
 
 import pytest
@@ -37,6 +38,16 @@ def test_of_two_writers_the_last_one_wins_and_neither_fails(tmp_path):
         second.write_text("second")
         assert not path.exists()
     assert path.read_text() == "first" and names(tmp_path) == ["results.json"]
+
+
+def test_what_a_killed_process_left_behind_is_removed_after_a_day(tmp_path):
+    kept, old = ["a.json.89abcdef.writing", "12.replaced.writing"], "a.json.01234567.writing"
+    for name in (*kept, old):
+        (tmp_path / name).write_text("")
+    for name in (kept[1], old):
+        os.utime(tmp_path / name, (0, 0))
+    replace_text(tmp_path / "a.json", "{}")
+    assert names(tmp_path) == sorted(["a.json", *kept])
 
 
 def test_a_full_disk_keeps_the_file(tmp_path):

@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import tarfile
 from itertools import islice
 
 import numpy as np
@@ -18,6 +17,7 @@ from dinov2_eq.data.datasets import DataError, build_dataset
 from dinov2_eq.data.loaders import fixed_subset, make_eval_loader, make_train_loader, to_device
 from dinov2_eq.data.masking import BlockMasking
 from dinov2_eq.equivariance.transforms import build_transform
+from tests.data.datasets.tars import write_tar
 
 SEED = 7
 
@@ -143,11 +143,8 @@ def packed(request, tmp_path, monkeypatch):
         pq.write_table(pa.table({"image": encoded}), tmp_path / "a.parquet", row_group_size=3)
         return build_dataset(f"Parquet:path={tmp_path}")
     for shard in range(4):
-        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
-            for number in range(6 * shard, 6 * shard + 6):
-                member = tarfile.TarInfo(f"{number:04d}.png")
-                member.size = len(encoded[number])
-                tar.addfile(member, io.BytesIO(encoded[number]))
+        files = {f"{number:04d}.png": encoded[number] for number in range(6 * shard, 6 * shard + 6)}
+        write_tar(tmp_path / f"{shard}.tar", files)
     return build_dataset(f"WebDataset:urls={tmp_path}/{{0..3}}.tar")
 
 

@@ -1,8 +1,6 @@
 """Damaged files of every kind, cut and with flipped bits: a sentence with the name of the file, and nothing else."""
 
 import pickle
-import tarfile
-from io import BytesIO
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +11,7 @@ from scipy.io import savemat
 from dinov2_eq.data.class_mapping import read_class_mapping
 from dinov2_eq.data.datasets import DataError, UnreadableImage, build_dataset
 from tests.data.datasets.images import encoded, write_image
+from tests.data.datasets.tars import write_tar
 
 NUM_CUTS, NUM_FLIPS = 12, 60
 
@@ -69,12 +68,7 @@ def test_parquet(tmp_path, compression):
 
 
 def test_tar(tmp_path):
-    path = tmp_path / "a.tar"
-    with tarfile.open(path, "w") as tar:
-        for name, content in {"1.png": encoded(1), "1.cls": b"5", f"{'long' * 40}.png": encoded(2)}.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, BytesIO(content))
+    path = write_tar(tmp_path / "a.tar", {"1.png": encoded(1), "1.cls": b"5", f"{'long' * 40}.png": encoded(2)})
     refused = count_refusals(path, lambda: read_all(f"WebDataset:urls={path}"), (DataError, UnreadableImage))
     assert refused > NUM_CUTS // 2  # half of so small a tar file are the zeros at its end
 
