@@ -289,7 +289,7 @@ def test_corrupt_images_are_skipped_named_and_counted(tmp_path, caplog):
         do_train(tiny_config(f"train.dataset_path=Folder:root={data}", "train.max_corrupt_share=0.2"), tmp_path / "run")
     assert metrics(tmp_path / "run")[-1]["corrupt_images"] >= 1
     log = (tmp_path / "run" / "logs" / "log.0.txt").read_text()
-    assert f"Unreadable image skipped: {data}/07.png: UnidentifiedImageError: no image" in log
+    assert f"Unreadable image skipped: {data}/07.png: UnidentifiedImageError: not an image" in log
 
 
 def test_a_folder_of_corrupt_files_stops_the_run(tmp_path):

@@ -181,7 +181,8 @@ def test_images_beside_the_class_folders(tmp_path, caplog):
     assert length == 1 and "images beside the class folders (2, such as 2.png)" in warning
     (tmp_path / "ant" / "1.png").unlink()
     (tmp_path / "ant").rmdir()
-    with pytest.raises(DataError, match=r"no class folders beside images .*; for unlabelled images write Folder:root="):
+    message = r"has no class folders; it holds images \(2, such as 2\.png\); for unlabelled images write Folder:root="
+    with pytest.raises(DataError, match=message):
         build_dataset(f"ImageFolder:root={tmp_path}")
 
 

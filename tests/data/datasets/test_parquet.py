@@ -213,8 +213,8 @@ def test_a_damaged_row_group_is_passed_over(tmp_path):
     content[start : start + group.total_compressed_size] = bytes(group.total_compressed_size)
     path.write_bytes(content)
     dataset = build_dataset(f"Parquet:path={path}")
-    with pytest.raises(UnreadableImage, match=r"a\.parquet, row group 1: \w+: ") as caught:
+    with pytest.raises(UnreadableImage, match=rf"^{path}, row group 1: \w+: ") as caught:
         dataset.read(2)
-    assert caught.value.name == f"{path}, row group 1" and caught.value.rest == 1
+    assert caught.value.rest == 1
     image, skipped = read_or_next(dataset, 2)
     assert image.getpixel((0, 0)) == COLOURS[4] and len(skipped) == 1
