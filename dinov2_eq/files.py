@@ -78,7 +78,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """As `path.write_text(text)` in UTF-8, by `whole_file`; bytes of file names that are not UTF-8 become "\\udce9"."""
+    """Writes text as UTF-8, whole or not at all; bytes of file names that are not UTF-8 appear as "\\udce9"."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -94,32 +94,37 @@ def read_errors_named(path: Path) -> Iterator[None]:
         raise
 
 
+def read_bytes(path: Path) -> bytes:
+    """What the file holds.
+
+    Raises:
+        OSError: it cannot be read; names it.
+    """
+    with read_errors_named(path):
+        return path.read_bytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The table (a JSON object) that a file holds.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not JSON, or no table; names the file.
+        ValueError: it is not JSON, or not a table; names the file.
     """
     try:
-        with read_errors_named(path):
-            content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not JSON, or it was cut off while it was written or copied ({error}); restore or remake it"
         ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {str(content)[:40]!r}, and no table {{...}}; restore or remake it")
+        raise ValueError(f"{path} holds {str(content)[:40]!r}, not a table {{...}}; restore or remake it")
     return content
 
 
 @contextmanager
 def as_written(path: Path) -> Iterator[None]:
-    """For a block that takes the content of a file apart.
-
-    Raises:
-        ValueError: with the name of the file, where the content is not built as the block expects.
-    """
+    """Turns the errors of a block that takes a file's content apart into a ValueError that names the file."""
     try:
         yield
     except (AttributeError, LookupError, TypeError) as error:

@@ -83,9 +83,9 @@ def test_names_that_are_not_utf_8_are_written_escaped(tmp_path):
         (b'{"a": "\xff"}', "is not JSON, or it was cut off"),
         (bytes(20), "is not JSON, or it was cut off"),
         (b"[" * 200_000, "is not JSON, or it was cut off"),
-        (b"[1, 2]", "holds '\\[1, 2\\]', and no table"),
-        (b"null", "holds 'None', and no table"),
-        (b'"word"', "holds 'word', and no table"),
+        (b"[1, 2]", "holds '\\[1, 2\\]', not a table"),
+        (b"null", "holds 'None', not a table"),
+        (b'"word"', "holds 'word', not a table"),
     ],
 )
 def test_json_that_is_no_table_is_named(tmp_path, content, reason):

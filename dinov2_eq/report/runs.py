@@ -13,7 +13,7 @@ import numpy as np
 
 from dinov2_eq.config.schema import Config
 from dinov2_eq.config.yaml_files import read_yaml
-from dinov2_eq.files import as_written, read_errors_named, read_json
+from dinov2_eq.files import as_written, read_bytes, read_json
 
 # Okabe and Ito's order, shifted to mid tones that stand out from white and from near black.
 COLORS = ("#2b7bba", "#e07b1a", "#2a9d78", "#c4579a", "#8a6fd1", "#a8842c", "#4fa8d8", "#c8473f")
@@ -121,8 +121,7 @@ def load_snapshot(path: Path) -> Snapshot:
         OSError: it cannot be read.
         ValueError: it was cut off, or lacks arrays; names them.
     """
-    with read_errors_named(path):
-        raw = path.read_bytes()
+    raw = read_bytes(path)
     try:
         with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files if name in DIMENSIONS}
@@ -185,8 +184,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     by_step: dict[int, dict[str, float]] = {}
-    with read_errors_named(path):
-        complete_lines = path.read_bytes().split(b"\n")[:-1]
+    complete_lines = read_bytes(path).split(b"\n")[:-1]
     for number, line in enumerate(complete_lines, start=1):
         try:
             values = json.loads(line)
