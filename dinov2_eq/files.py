@@ -6,10 +6,11 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from types import UnionType
 from typing import Any
 from uuid import uuid4
 
@@ -131,6 +132,13 @@ def as_written(path: Path) -> Iterator[None]:
         raise ValueError(
             f"{path} is not as this version writes it ({type(error).__name__}: {error}); restore or remake it"
         ) from None
+
+
+def check_types(values: Iterable[Any], kind: type | UnionType) -> None:
+    """Raises TypeError at the first value of another kind; for the block of `as_written`."""
+    for value in values:
+        if not isinstance(value, kind):
+            raise TypeError(f"{str(value)[:40]!r} is of type {type(value).__name__}")
 
 
 def file_sha256(path: Path) -> str:
