@@ -1,11 +1,13 @@
 """DINOv2's own configs and command lines: what they become, and what is said about it."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from dinov2_eq.config.dinov2 import KEYS, PARTS
+from dinov2_eq.config.dinov2 import KEYS, NO_MEANING, PARTS
 from dinov2_eq.config.load import load_config, to_dict
 from dinov2_eq.models import ARCHS
 from dinov2_eq.train.train import main
@@ -213,6 +215,12 @@ def test_every_key_is_known_and_none_is_of_the_schema():
 
     ours = set(leaves(to_dict(load_config(None))))
     assert set(leaves(resolved())) - ours == KEYS and not KEYS & ours
+
+
+def test_the_page_names_every_key_without_a_meaning():
+    page = (Path(__file__).parents[2] / "docs" / "from_dinov2.md").read_text(encoding="utf-8")
+    sentence = page.partition("These mean nothing here")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", sentence)) == {key.rpartition(".")[2] for key in NO_MEANING}
 
 
 @pytest.mark.parametrize(
