@@ -69,9 +69,9 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise
 
 
-@cache  # a search for each of ten thousand files in a folder would take longer than to write them
+@cache  # looking before each of ten thousand files in a folder would take longer than writing them
 def _remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes left behind in the folder, a day later; each process looks once."""
+    """Removes what killed processes left in the folder more than a day ago; each process looks once."""
     for leftover in folder.glob(f"*.{'[0-9a-f]' * 8}{TEMPORARY}"):
         with suppress(OSError):  # the other job may have ended meanwhile
             if time.time() - leftover.stat().st_mtime > DAY_S:
@@ -135,7 +135,7 @@ def as_written(path: Path) -> Iterator[None]:
 
 
 def check_types(values: Iterable[Any], kind: type | UnionType) -> None:
-    """Raises TypeError at the first value of another kind; for the block of `as_written`."""
+    """Raises TypeError where a value is of another kind."""
     for value in values:
         if not isinstance(value, kind):
             raise TypeError(f"{str(value)[:40]!r} is of type {type(value).__name__}")

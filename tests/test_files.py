@@ -8,6 +8,7 @@ import pytest
 
 from dinov2_eq.files import (
     as_written,
+    check_types,
     check_writable,
     file_sha256,
     read_errors_named,
@@ -104,6 +105,12 @@ def test_what_cannot_be_read_is_named(tmp_path):
         as_written("a.json"),
     ):
         {}["b"]
+
+
+def test_a_value_of_another_type_is_named():
+    check_types([1, 2.5], int | float)
+    with pytest.raises(TypeError, match=r"^'None' is of type NoneType$"):
+        check_types([1, None], int | float)
 
 
 def test_the_checksum_is_that_of_sha256sum(tmp_path):

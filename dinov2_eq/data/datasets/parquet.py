@@ -68,8 +68,8 @@ class Parquet(EncodedImages):
             )
 
     def _check_file(self, file: str) -> pq.FileMetaData:
-        if not os.path.isfile(file):  # a glob pattern finds others, too, and to open a named pipe would wait for ever
-            raise DataError(f"{file} is a broken link, or no regular file; choose another pattern, or remove it")
+        if not os.path.isfile(file):  # a pattern may find others, and opening a named pipe waits for ever
+            raise DataError(f"{file} is a broken link or not a regular file; remove it, or choose another pattern")
         try:
             with _open(file) as parquet:
                 metadata = parquet.metadata

@@ -182,7 +182,7 @@ def test_broken_links_and_special_files(tmp_path, caplog):
     os.mkfifo(path.parent / "b.parquet")
     os.mkfifo(path.parent / "pipe")
     assert len(build_dataset(f"Parquet:path={path.parent}")) == 1
-    with pytest.raises(DataError, match=r"b\.parquet is a broken link, or no regular file"):
+    with pytest.raises(DataError, match=r"b\.parquet is a broken link or not a regular file"):
         build_dataset(f"Parquet:path={path.parent}/*.parquet")
     (path.parent / "c.parquet").symlink_to(tmp_path / "nowhere.parquet")
     path.unlink()
