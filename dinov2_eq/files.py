@@ -1,15 +1,16 @@
 """Files that are written whole or not at all, and folders that cannot be written: asked before hours of computing."""
 
 import errno
-import glob
 import hashlib
 import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+from types import UnionType
 from typing import Any
 from uuid import uuid4
 
@@ -55,13 +56,9 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
 def whole_file(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to: the file is `path` when the block ends; when it fails, `path` is as before.
 
-    Every call has a name of its own, so that of two jobs which write the same file one wins and neither fails. Names
-    that a killed process left behind are removed after a day.
+    Every call has a name of its own, so that of two jobs which write the same file one wins and neither fails.
     """
-    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*{TEMPORARY}"):
-        with suppress(OSError):  # the other job may have ended meanwhile
-            if time.time() - leftover.stat().st_mtime > DAY_S:
-                leftover.unlink()
+    _remove_leftovers(path.parent)
     temporary = path.with_name(f"{path.name}.{uuid4().hex[:8]}{TEMPORARY}")
     try:
         yield temporary
@@ -72,8 +69,17 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise
 
 
+@cache  # looking before each of ten thousand files in a folder would take longer than writing them
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left in the folder more than a day ago; each process looks once."""
+    for leftover in folder.glob(f"*.{'[0-9a-f]' * 8}{TEMPORARY}"):
+        with suppress(OSError):  # the other job may have ended meanwhile
+            if time.time() - leftover.stat().st_mtime > DAY_S:
+                leftover.unlink()
+
+
 def replace_text(path: Path, text: str) -> None:
-    """As `path.write_text(text)` in UTF-8, by `whole_file`; bytes of file names that are not UTF-8 become "\\udce9"."""
+    """Writes text as UTF-8, whole or not at all; bytes of file names that are not UTF-8 appear as "\\udce9"."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -89,38 +95,50 @@ def read_errors_named(path: Path) -> Iterator[None]:
         raise
 
 
+def read_bytes(path: Path) -> bytes:
+    """What the file holds.
+
+    Raises:
+        OSError: it cannot be read; names it.
+    """
+    with read_errors_named(path):
+        return path.read_bytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The table (a JSON object) that a file holds.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not JSON, or no table; names the file.
+        ValueError: it is not JSON, or not a table; names the file.
     """
     try:
-        with read_errors_named(path):
-            content = json.loads(path.read_bytes())
+        content = json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not JSON, or it was cut off while it was written or copied ({error}); restore or remake it"
         ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {str(content)[:40]!r}, and no table {{...}}; restore or remake it")
+        raise ValueError(f"{path} holds {str(content)[:40]!r}, not a table {{...}}; restore or remake it")
     return content
 
 
 @contextmanager
 def as_written(path: Path) -> Iterator[None]:
-    """For a block that takes the content of a file apart.
-
-    Raises:
-        ValueError: with the name of the file, where the content is not built as the block expects.
-    """
+    """Turns the errors of a block that takes a file's content apart into a ValueError that names the file."""
     try:
         yield
     except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             f"{path} is not as this version writes it ({type(error).__name__}: {error}); restore or remake it"
         ) from None
+
+
+def check_types(values: Iterable[Any], kind: type | UnionType) -> None:
+    """Raises TypeError where a value is of another kind."""
+    for value in values:
+        if not isinstance(value, kind):
+            raise TypeError(f"{str(value)[:40]!r} is of type {type(value).__name__}")
 
 
 def file_sha256(path: Path) -> str:

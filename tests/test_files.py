@@ -1,12 +1,14 @@
 """Files are written whole or not at all."""
 
 import errno
+import os
 import subprocess
 
 import pytest
 
 from dinov2_eq.files import (
     as_written,
+    check_types,
     check_writable,
     file_sha256,
     read_errors_named,
@@ -37,6 +39,16 @@ def test_of_two_writers_the_last_one_wins_and_neither_fails(tmp_path):
         second.write_text("second")
         assert not path.exists()
     assert path.read_text() == "first" and names(tmp_path) == ["results.json"]
+
+
+def test_what_a_killed_process_left_behind_is_removed_after_a_day(tmp_path):
+    kept, old = ["a.json.89abcdef.writing", "12.replaced.writing"], "a.json.01234567.writing"
+    for name in (*kept, old):
+        (tmp_path / name).write_text("")
+    for name in (kept[1], old):
+        os.utime(tmp_path / name, (0, 0))
+    replace_text(tmp_path / "a.json", "{}")
+    assert names(tmp_path) == sorted(["a.json", *kept])
 
 
 def test_a_full_disk_keeps_the_file(tmp_path):
@@ -72,9 +84,9 @@ def test_names_that_are_not_utf_8_are_written_escaped(tmp_path):
         (b'{"a": "\xff"}', "is not JSON, or it was cut off"),
         (bytes(20), "is not JSON, or it was cut off"),
         (b"[" * 200_000, "is not JSON, or it was cut off"),
-        (b"[1, 2]", "holds '\\[1, 2\\]', and no table"),
-        (b"null", "holds 'None', and no table"),
-        (b'"word"', "holds 'word', and no table"),
+        (b"[1, 2]", "holds '\\[1, 2\\]', not a table"),
+        (b"null", "holds 'None', not a table"),
+        (b'"word"', "holds 'word', not a table"),
     ],
 )
 def test_json_that_is_no_table_is_named(tmp_path, content, reason):
@@ -93,6 +105,12 @@ def test_what_cannot_be_read_is_named(tmp_path):
         as_written("a.json"),
     ):
         {}["b"]
+
+
+def test_a_value_of_another_type_is_named():
+    check_types([1, 2.5], int | float)
+    with pytest.raises(TypeError, match=r"^'None' is of type NoneType$"):
+        check_types([1, None], int | float)
 
 
 def test_the_checksum_is_that_of_sha256sum(tmp_path):

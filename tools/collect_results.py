@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from dinov2_eq.data.datasets.data_string import parse_data_string
 from dinov2_eq.evaluation.results import write_results
-from dinov2_eq.files import as_written, read_json
+from dinov2_eq.files import as_written, check_types, read_json
 from dinov2_eq.models import ARCHS
 from dinov2_eq.report.runs import Run, load_runs
 
@@ -58,7 +57,7 @@ def check_results(run: Run, probe: str) -> None:
         if probe == "knn":
             accuracies_of(run)
         else:
-            range(run.equivariance["encoder"]["step"])
+            check_types([run.equivariance["encoder"]["step"]], int)
             scores_of(run, "trained")
 
 
@@ -103,7 +102,8 @@ def row_of(run: Run) -> dict[str, Any]:
     task, training = run.config["equivariance"], run.config["train"]
     path = run.folder / "environment.json"
     with as_written(path):
-        device, commit = itemgetter("device", "commit")(read_json(path))
+        environment = read_json(path)
+        device, commit = environment["device"], environment["commit"]
     batch_size = training["batch_size_per_gpu"] * training["accumulation_steps"]
     steps = run.equivariance["encoder"]["step"]
     speeds = run.curve("images_per_second")[1]

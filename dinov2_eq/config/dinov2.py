@@ -1,4 +1,4 @@
-"""DINOv2's training configs as they are: what those keys mean here that only DINOv2 has.
+"""DINOv2's training configs as they are: what the keys that only DINOv2 has mean here.
 
 A source of settings is a name and its keys with their values, {"optim.epochs": 100, ...}; later sources win.
 """
@@ -15,6 +15,7 @@ EPOCHS = {
     "optim.freeze_last_layer_epochs": ("optim.freeze_last_layer_steps", 1),
     "teacher.warmup_teacher_temp_epochs": ("teacher.warmup_teacher_temp_steps", 30),
 }
+STEPS = {ours for ours, _ in EPOCHS.values()}
 EVAL_PERIOD, WEIGHTS = "evaluation.eval_period_iterations", "MODEL.WEIGHTS"
 ARCH, MEMORY_EFFICIENT = "student.arch", "_memeff"  # an ending that DINOv2 ignores too
 
@@ -82,41 +83,82 @@ def translate(sources: Sequence[Source]) -> Translation:
     """
     sources = [("DINOv2's defaults", {}), *sources]
     last = {key: place for place, (_, values) in enumerate(sources) for key in values}
-    left_out = {_short(key): reason for key, reason in NO_MEANING.items() if key in last}
-    translated = [(source, {k: v for k, v in values.items() if k not in KEYS}) for source, values in sources]
-    for _, values in translated:
-        if str(values.get(ARCH)).endswith(MEMORY_EFFICIENT):
-            left_out[f"{ARCH}={values[ARCH]}"] = f"{MEMORY_EFFICIENT} has no effect"
-            values[ARCH] = values[ARCH].removesuffix(MEMORY_EFFICIENT)
     length = _number(*sources[last[EPOCH_LENGTH]], EPOCH_LENGTH, 1) if EPOCH_LENGTH in last else EPOCH_STEPS
+    readings, untranslated = _meanings(sources, last, length)
+    translated = _replace_keys(sources, readings)
+    in_effect = [each for each in readings if not any(each.key in values for _, values in translated[each.place + 1 :])]
+    left_out = _without_effect(sources, last, in_effect) | untranslated
+    defaults, remark = _defaults_of_files(sources, last)
+    translated[0][1].update(defaults)
+    return Translation(translated, _in_words(in_effect, length), [*_by_reason(left_out), *remark])
+
+
+def _meanings(
+    sources: Sequence[Source], last: Mapping[str, int], epoch_length: float
+) -> tuple[list[Reading], dict[str, str]]:
+    """What keys mean here, and, of those whose value has no translation, the reason.
+
+    Args:
+        last: the place of the last source that has a key.
+    """
     readings = [
-        *(_default_lengths(length, last) if EPOCH_LENGTH in last else []),
-        *(reading for place, source in enumerate(sources) for reading in _lengths(place, *source, length)),
+        *(_default_lengths(epoch_length, last) if EPOCH_LENGTH in last else []),
+        *(reading for place, source in enumerate(sources) for reading in _lengths(place, *source, epoch_length)),
         *_weights(sources, last),
-        *_of_parts(sources, last, left_out),
     ]
+    of_parts, untranslated = _of_parts(sources, last)
+    return readings + of_parts, untranslated
+
+
+def _replace_keys(sources: Sequence[Source], readings: Sequence[Reading]) -> list[Source]:
+    """The sources with what DINOv2's keys mean instead of them; raises ValueError where one has both."""
+    translated = [(source, {key: values[key] for key in values if key not in KEYS}) for source, values in sources]
+    for _, values in translated:
+        if _is_memory_efficient(values):
+            values[ARCH] = values[ARCH].removesuffix(MEMORY_EFFICIENT)
     for place, words, key, value in readings:
         source, values = translated[place]
         if values.get(key) not in (None, ""):
             raise ValueError(f"{source}: {words} and {key}={values[key]} set the same; leave one of them out")
         values[key] = value
-    in_effect = [each for each in readings if not any(each.key in values for _, values in translated[each.place + 1 :])]
+    return translated
+
+
+def _in_words(in_effect: Sequence[Reading], epoch_length: float) -> list[str]:
+    """A sentence about what keys mean, where there are any."""
     words = [f"{each.words} is {each.key}={each.value}" for each in in_effect]
-    if {each.key for each in in_effect} & {ours for ours, _ in EPOCHS.values()}:
-        words.insert(0, f"an epoch is {length} steps")
-    elif EPOCH_LENGTH in last:
+    if _has_lengths(in_effect):
+        words.insert(0, f"an epoch is {epoch_length} steps")
+    return [f"DINOv2's settings are read as follows: {'; '.join(words)}"] if words else []
+
+
+def _has_lengths(in_effect: Sequence[Reading]) -> bool:
+    return any(each.key in STEPS for each in in_effect)
+
+
+def _without_effect(sources: Sequence[Source], last: Mapping[str, int], in_effect: Sequence[Reading]) -> dict[str, str]:
+    """What is left out whatever its value, and the reason."""
+    left_out = {_short(key): reason for key, reason in NO_MEANING.items() if key in last}
+    for _, values in sources:
+        if _is_memory_efficient(values):
+            left_out[f"{ARCH}={values[ARCH]}"] = f"{MEMORY_EFFICIENT} has no effect"
+    if EPOCH_LENGTH in last and not _has_lengths(in_effect):
         left_out[EPOCH_LENGTH] = "all lengths are given in steps"
-    reading = [f"DINOv2's settings are read as follows: {'; '.join(words)}"] if words else []
-    remarks = [f"DINOv2's settings that mean nothing here are left out: {_by_reason(left_out)}"] if left_out else []
-    if files := [source for source, values in sources[:-1] if values.keys() & KEYS]:
-        translated[0][1].update(DEFAULTS)
-        if not any(key.startswith("equivariance.") for key in last):
-            translated[0][1]["equivariance.enabled"] = False
-            remarks.append(
-                f"{' and '.join(files)}: a config of DINOv2 means its plain method, so equivariance.enabled=false; "
-                "give equivariance.enabled=true to add the reconstruction task"
-            )
-    return Translation(translated, reading, remarks)
+    return left_out
+
+
+def _defaults_of_files(sources: Sequence[Source], last: Mapping[str, int]) -> tuple[dict[str, Any], list[str]]:
+    """What holds by default if a file is DINOv2's, and a sentence where its plain method does."""
+    files = [source for source, values in sources[:-1] if values.keys() & KEYS]
+    if not files:
+        return {}, []
+    if any(key.startswith("equivariance.") for key in last):
+        return DEFAULTS, []
+    sentence = (
+        f"{' and '.join(files)}: a config of DINOv2 means its plain method, so equivariance.enabled=false; "
+        "give equivariance.enabled=true to add the reconstruction task"
+    )
+    return DEFAULTS | {"equivariance.enabled": False}, [sentence]
 
 
 def _default_lengths(epoch_length: float, last: Mapping[str, int]) -> Iterator[Reading]:
@@ -140,8 +182,9 @@ def _weights(sources: Sequence[Source], last: Mapping[str, int]) -> Iterator[Rea
         yield Reading(last[WEIGHTS], f"{WEIGHTS}={weights}", "student.pretrained_weights", weights)
 
 
-def _of_parts(sources: Sequence[Source], last: Mapping[str, int], left_out: dict[str, str]) -> Iterator[Reading]:
-    """What has no translation is added to `left_out`."""
+def _of_parts(sources: Sequence[Source], last: Mapping[str, int]) -> tuple[list[Reading], dict[str, str]]:
+    """As `_meanings`, of the settings that DINOv2 has for each part."""
+    readings, untranslated = [], {}
     for setting, (ours, meanings, default) in OF_PARTS.items():
         keys = [f"{part}.{setting}" for part in PARTS]
         found = {key: sources[last[key]][1][key] for key in keys if key in last}
@@ -153,17 +196,23 @@ def _of_parts(sources: Sequence[Source], last: Mapping[str, int], left_out: dict
         values = sorted({found.get(key, default) for key in keys})
         words = f"{_short(keys[0])}={' and '.join(values)}"
         if len(values) > 1:
-            left_out[words] = f"{ours} is one for all parts"
+            untranslated[words] = f"{ours} is one for all parts"
         elif meanings[values[0]] is None:
-            left_out[words] = f"no {values[0]} here, see {ours}"
+            untranslated[words] = f"no {values[0]} here, see {ours}"
         else:
-            yield Reading(max(last[key] for key in found), words, ours, meanings[values[0]])
+            readings.append(Reading(max(last[key] for key in found), words, ours, meanings[values[0]]))
+    return readings, untranslated
 
 
-def _by_reason(left_out: Mapping[str, str]) -> str:
-    """ "key, other key (reason); ..." """
-    reasons = dict.fromkeys(left_out.values())
-    return "; ".join(f"{', '.join(key for key in left_out if left_out[key] == why)} ({why})" for why in reasons)
+def _is_memory_efficient(values: Mapping[str, Any]) -> bool:
+    return str(values.get(ARCH)).endswith(MEMORY_EFFICIENT)
+
+
+def _by_reason(left_out: Mapping[str, str]) -> list[str]:
+    """A sentence about "key, other key (reason); ...", where there are any."""
+    keys = {why: ", ".join(key for key in left_out if left_out[key] == why) for why in left_out.values()}
+    words = "; ".join(f"{those} ({why})" for why, those in keys.items())
+    return [f"DINOv2's settings that mean nothing here are left out: {words}"] if words else []
 
 
 def _short(key: str) -> str:

@@ -22,7 +22,7 @@ from dinov2_eq.config.yaml_files import dump_yaml, parse_override, read_yaml
 
 COMMAND_LINE = "command line"
 SIMILAR = 0.7  # of two keys, and of their words
-# What the last word of a key may be, and its unit: to suggest a key instead of one in another unit.
+# Units by the last word of a key, named when the suggested key has another unit.
 UNITS = {
     "steps": f"which counts optimizer steps (an epoch of DINOv2 has {EPOCH_STEPS})",
     "epochs": f"which counts epochs of {EPOCH_LENGTH} steps, by default {EPOCH_STEPS}",
@@ -150,7 +150,7 @@ def _mistakes(source: str, values: Mapping[Keys, Any], known: Sequence[str]) -> 
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
-    """The key that is meant, where all words are like those of that key; its unit, where only that is another."""
+    """The key that is meant, if all words resemble those of that key; its unit is named when only that differs."""
     for key in difflib.get_close_matches(name, known, n=3, cutoff=SIMILAR):
         words, theirs = re.split(r"[._]", name), re.split(r"[._]", key)
         strange = [word for word in words if not difflib.get_close_matches(word, theirs, n=1, cutoff=SIMILAR)]

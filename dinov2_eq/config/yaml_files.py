@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from dinov2_eq.files import read_errors_named
+from dinov2_eq.files import read_bytes
 
 ONE_CHARACTER_PER_BYTE = "cp437"  # all of them printable from 0x80 on; below it is ASCII
 
@@ -28,8 +28,7 @@ def read_yaml(path: Path, *, resolve: bool = False) -> dict[Any, Any]:
         OSError: the file cannot be read.
         ValueError: it is not YAML, or holds something else than a table with at least one key; names the file.
     """
-    with read_errors_named(path):
-        raw = path.read_bytes()
+    raw = read_bytes(path)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -32,7 +32,7 @@ class Collate:
             photometric=PhotometricParams(*(torch.stack(values, dim=1) for values in photometric)),
             theta=torch.stack([sample.theta for sample in samples]),
             masks=self._draw_masks([sample.position for sample in samples]),
-            skipped=tuple(name for sample in samples for name in sample.skipped),
+            skipped=tuple(image for sample in samples for image in sample.skipped),
         )
 
     def _draw_masks(self, positions: Sequence[int]) -> Tensor:

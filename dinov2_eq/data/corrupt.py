@@ -1,7 +1,7 @@
 """What training does about images that cannot be read: takes the next one, tells, and stops when there are too many."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from PIL import Image
@@ -36,7 +36,7 @@ def read_or_next(dataset: ImageDataset, index: int) -> tuple[Image.Image, tuple[
 
 
 class CorruptCounter:
-    """Counts unreadable images over all processes; each process names its own in the log, once.
+    """Counts unreadable images over all processes; each process tells of its own in the log, once.
 
     Args:
         max_corrupt_share: largest tolerated share of unreadable images among those read, in [0, 1].
@@ -49,16 +49,20 @@ class CorruptCounter:
         self.num_read = 0
         self.num_corrupt = 0
         self._unchecked = torch.zeros(2, dtype=torch.int64)  # read, corrupt: of this process, since the last check
-        self._named: set[str] = set()
+        self._told: set[str] = set()
 
-    def add(self, names: Iterable[str], num_read: int) -> None:
-        """Notes `num_read` images that this process read and the names, with reasons, of those that it could not."""
-        names = list(names)
-        self._unchecked += torch.tensor([num_read, len(names)])
-        for name in names:
-            if name not in self._named:
-                self._named.add(name)
-                logger.warning("Unreadable image skipped: %s", name)
+    def add(self, skipped: Collection[str], num_read: int) -> None:
+        """Notes what this process met.
+
+        Args:
+            skipped: the images that could not be read, each with what is wrong, as in `Sample`.
+            num_read: how many could.
+        """
+        self._unchecked += torch.tensor([num_read, len(skipped)])
+        for image in skipped:
+            if image not in self._told:
+                self._told.add(image)
+                logger.warning("Unreadable image skipped: %s", image)
 
     def check(self) -> None:
         """Adds up what all processes noted; each of them must call it, and all raise together.
@@ -72,10 +76,10 @@ class CorruptCounter:
         self.num_corrupt += num_corrupt
         num_attempts = self.num_read + self.num_corrupt
         if num_attempts >= MIN_READS and self.num_corrupt > self.max_corrupt_share * num_attempts:
-            named = set().union(*gather_objects(set(sorted(self._named)[:3])))
+            told = set().union(*gather_objects(set(sorted(self._told)[:3])))
             raise DataError(
                 f"{self.num_corrupt} of {num_attempts} images could not be read, more than "
-                f"train.max_corrupt_share={self.max_corrupt_share} allows; for example {', '.join(sorted(named)[:3])}. "
+                f"train.max_corrupt_share={self.max_corrupt_share} allows; for example {', '.join(sorted(told)[:3])}. "
                 "Repair or remove them, or raise train.max_corrupt_share."
             )
 

@@ -98,8 +98,8 @@ class WholeImages(EvaluationSamples):
 
 def make_whole_image_loader(
     dataset: ImageDataset, indices: Sequence[int], image_size: int, batch_size: int, num_workers: int = 0
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """As `make_eval_loader`, with the short side resized to S: DINOv2's images for logistic regression."""
+) -> DataLoader[Tensor]:
+    """As `make_eval_loader`, in uint8, with the short side resized to S: DINOv2's images for logistic regression."""
     return Loader(
         Subset(WholeImages(dataset, image_size), [int(index) for index in indices]),
         batch_size=batch_size,

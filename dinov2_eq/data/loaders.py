@@ -1,4 +1,4 @@
-"""Data loaders for training (an endless stream of views) and for evaluation (images and labels, in order)."""
+"""Data loaders for training (an endless stream of views) and for evaluation (images, in order)."""
 
 from collections.abc import Sequence
 
@@ -88,8 +88,8 @@ def to_device(batch: CollatedBatch, device: torch.device) -> CollatedBatch:
     return batch._replace(**{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
-class EvaluationSamples(Dataset[tuple[Tensor, int]]):
-    """Images [3, S, S] uint8 and labels (-1 where there are none)."""
+class EvaluationSamples(Dataset[Tensor]):
+    """Images [3, S, S] uint8."""
 
     def __init__(self, dataset: ImageDataset, image_size: int) -> None:
         resize = image_size if image_size <= SMALL_IMAGE_SIZE else round(image_size * RESIZE_FACTOR)
@@ -105,9 +105,8 @@ class EvaluationSamples(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        label = -1 if self.dataset.labels is None else int(self.dataset.labels[index])
-        return self.preprocess(self._read(index)), label
+    def __getitem__(self, index: int) -> Tensor:
+        return self.preprocess(self._read(index))
 
     def _read(self, index: int) -> Image.Image:
         try:
@@ -118,8 +117,8 @@ class EvaluationSamples(Dataset[tuple[Tensor, int]]):
 
 def make_eval_loader(
     dataset: ImageDataset, indices: Sequence[int], image_size: int, batch_size: int, num_workers: int = 0
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Batches of (images [B, 3, S, S] float in [0, 1], not normalised; labels [B] int64, -1 without labels), in order.
+) -> DataLoader[Tensor]:
+    """Batches of images [B, 3, S, S] float in [0, 1], not normalised, in order.
 
     The short side is resized to 256/224 of `image_size` = S (bicubic), then the centre is cropped, as DINOv2 does; up
     to S = 64 the short side is resized to S.
@@ -135,9 +134,8 @@ def make_eval_loader(
     )
 
 
-def _collate_evaluation(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*samples, strict=True)
-    return torch.stack(images).float() / 255, torch.tensor(labels, dtype=torch.int64)
+def _collate_evaluation(images: Sequence[Tensor]) -> Tensor:
+    return torch.stack(images).float() / 255
 
 
 def fixed_subset(num_images: int, max_images: int, seed: int = 0) -> np.ndarray:

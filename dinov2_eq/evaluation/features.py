@@ -39,7 +39,7 @@ class FeatureExtractor:
         batch_size: int,
         num_workers: int,
         half_precision: bool = False,
-        make_loader: Callable[..., Iterable[tuple[Tensor, Tensor]]] = make_eval_loader,
+        make_loader: Callable[..., Iterable[Tensor]] = make_eval_loader,
     ) -> None:
         self.encoder = encoder
         self.device = device
@@ -66,13 +66,13 @@ class FeatureExtractor:
         return block_features(self.encoder.backbone, pixels, num_blocks=num_blocks, **self._shared)
 
     def _extract(self, encode: Callable[[Tensor], Tensor], images: LabelledImages, gather: bool = True) -> Tensor:
-        def make_batches(indices: np.ndarray) -> Iterable[tuple[Tensor, Tensor]]:
+        def make_batches(indices: np.ndarray) -> Iterable[Tensor]:
             size = self.encoder.image_size
             loader = self.make_loader(images.dataset, indices, size, self.batch_size, self.num_workers)
             return progress_bar(loader, unit="batch")
 
         started = time.perf_counter()
-        features, _ = encode_together(encode, make_batches, images.indices, self.device, gather=gather)
+        features = encode_together(encode, make_batches, images.indices, self.device, gather=gather)
         seconds = time.perf_counter() - started
         logger.info("%s: features of %d images, %.0f s", images.dataset.data_string, len(images.indices), seconds)
         return features

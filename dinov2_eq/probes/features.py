@@ -78,23 +78,20 @@ def _normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
     return (images - mean_pixel) / std_pixel
 
 
-def encode_batches(
-    encode: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Features [N, D] of batches (images, labels), and labels [N], on the CPU.
+def encode_batches(encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Features [N, D] of batches of images, on the CPU.
 
     Args:
         encode: [B, 3, H, W] in [0, 1] on `device` -> [B, D].
-        batches: images as `to_unit_range` takes them.
+        batches: images [B, 3, H, W] as `to_unit_range` takes them.
 
     Raises:
         ValueError: no images.
     """
-    found = [(encode(to_unit_range(images, device)).cpu(), labels) for images, labels in batches]
-    if not found:
+    features = [encode(to_unit_range(images, device)).cpu() for images in batches]
+    if not features:
         raise ValueError("There are no images to compute features of; the dataset, or its chosen part, is empty.")
-    features, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return features, labels
+    return torch.cat(features)
 
 
 def to_unit_range(images: Tensor, device: torch.device) -> Tensor:
@@ -105,12 +102,12 @@ def to_unit_range(images: Tensor, device: torch.device) -> Tensor:
 
 def encode_together(
     encode: Callable[[Tensor], Tensor],
-    make_batches: Callable[[np.ndarray], Iterable[tuple[Tensor, Tensor]]],
+    make_batches: Callable[[np.ndarray], Iterable[Tensor]],
     indices: np.ndarray,
     device: torch.device,
     *,
     gather: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """`encode_batches` of many images by all processes, each of which computes as many as any other.
 
     Args:
@@ -125,13 +122,10 @@ def encode_together(
     num_images, world_size = len(indices), get_world_size()
     share = -(-num_images // world_size)
     dealt = np.resize(indices, (world_size, share))  # begins anew where the images run out
-    rows = encode_batches(encode, make_batches(dealt[get_rank()]), device)
-    if gather:
-        features, labels = (gather_rows(own)[:num_images] for own in rows)
-    else:
-        features, labels = (own[: len(indices[own_share(num_images)])] for own in rows)
+    own = encode_batches(encode, make_batches(dealt[get_rank()]), device)
+    features = gather_rows(own)[:num_images] if gather else own[: len(indices[own_share(num_images)])]
     require_finite(features)
-    return features, labels
+    return features
 
 
 def own_share(num_images: int) -> slice:

@@ -3,9 +3,8 @@
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from dinov2_eq.config.schema import Config
 from dinov2_eq.config.yaml_files import read_yaml
-from dinov2_eq.files import as_written, read_errors_named, read_json
+from dinov2_eq.files import as_written, check_types, read_bytes, read_json
 
 # Okabe and Ito's order, shifted to mid tones that stand out from white and from near black.
 COLORS = ("#2b7bba", "#e07b1a", "#2a9d78", "#c4579a", "#8a6fd1", "#a8842c", "#4fa8d8", "#c8473f")
@@ -121,8 +120,7 @@ def load_snapshot(path: Path) -> Snapshot:
         OSError: it cannot be read.
         ValueError: it was cut off, or lacks arrays; names them.
     """
-    with read_errors_named(path):
-        raw = path.read_bytes()
+    raw = read_bytes(path)
     try:
         with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files if name in DIMENSIONS}
@@ -150,8 +148,8 @@ def _load_run(folder: Path, name: str, letter: str, color: str) -> Run:
         metrics=read_metrics(folder / "training_metrics.jsonl"),
         snapshots=sorted(folder.glob("samples/step_*.npz"), key=lambda path: _step_in(path.stem)),
         teacher_checkpoint=max(checkpoints, key=lambda path: _step_in(path.parent.name), default=None),
-        knn=_read_results(folder / "results_eval_knn.json", _accuracies),
-        equivariance=_read_results(folder / "results_eval_equivariance.json", _scores),
+        knn=_read_results(folder / "results_eval_knn.json", _check_accuracies),
+        equivariance=_read_results(folder / "results_eval_equivariance.json", _check_scores),
     )
 
 
@@ -185,13 +183,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     by_step: dict[int, dict[str, float]] = {}
-    with read_errors_named(path):
-        complete_lines = path.read_bytes().split(b"\n")[:-1]
+    complete_lines = read_bytes(path).split(b"\n")[:-1]
     for number, line in enumerate(complete_lines, start=1):
         try:
             values = json.loads(line)
             step = int(values["step"])
-            sum(values.values())  # numbers all of them
+            check_types(values.values(), int | float)
         except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             raise ValueError(
                 f"{path}, line {number}: no JSON object with a `step` and other numbers ({error}): {line[:80]!r}"
@@ -200,26 +197,26 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _read_results(path: Path, numbers: Callable[[dict[str, Any]], Iterator[float]]) -> dict[str, Any] | None:
-    """None where there is no such file; raises ValueError where it does not have the numbers."""
+def _read_results(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
+    """None where there is no such file; raises ValueError where it does not have what `check` looks for."""
     if not path.is_file():
         return None
     results = read_json(path)
     with as_written(path):
-        sum(numbers(results))
+        check(results)
     return results
 
 
-def _accuracies(results: dict[str, Any]) -> Iterator[float]:
+def _check_accuracies(results: dict[str, Any]) -> None:
     for by_k in results["results"].values():
         for accuracies in by_k.values():
-            yield from accuracies.values()
+            check_types(accuracies.values(), int | float)
 
 
-def _scores(results: dict[str, Any]) -> Iterator[float]:
+def _check_scores(results: dict[str, Any]) -> None:
     for row in results["rows"]:
-        "".join(itemgetter("task", "border", "encoder")(row))  # words all of them
-        yield from (row["r2_pooled"], row["r2_mean"], *row["r2_components"].values())
+        check_types((row["task"], row["border"], row["encoder"]), str)
+        check_types((row["r2_pooled"], row["r2_mean"], *row["r2_components"].values()), int | float)
 
 
 def _step_in(name: str) -> int:

@@ -71,8 +71,7 @@ class OnlineKnn:
             pooled_features, backbone, mean=self.crops.mean, std=self.crops.std, half_precision=self.half_precision
         )
 
-        def make_batches(own: np.ndarray) -> Iterable[tuple[Tensor, Tensor]]:
+        def make_batches(own: np.ndarray) -> Iterable[Tensor]:
             return make_eval_loader(images.dataset, own, self.crops.global_crops_size, BATCH_SIZE, self.num_workers)
 
-        features, _ = encode_together(encode, make_batches, images.indices, device)
-        return features
+        return encode_together(encode, make_batches, images.indices, device)

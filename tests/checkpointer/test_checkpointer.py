@@ -127,11 +127,27 @@ def damage_manifest(content):
     return lambda folder: (folder / "manifest.json").write_bytes(content)
 
 
-DAMAGES = [damage_truncate, damage_flip_a_bit, damage_lose_a_file, damage_lose_the_manifest]
-DAMAGES += [
-    damage_manifest(text) for text in (b"", b'{".metadata": "', b"[]", b'["a"]', b"3", b"null", b"{}", b'{"a": 3}')
+MANIFESTS = [
+    b"",
+    b'{".metadata": "',
+    b"[]",
+    b'["a"]',
+    b"3",
+    b"null",
+    b"{}",
+    b'{"a": 3}',
+    bytes(40),
+    b"\xff",
+    b"[" * 9999,
+    b'{".metadata": null}',
 ]
-DAMAGES += [damage_manifest(text) for text in (bytes(40), b"\xff", b"[" * 9999, b'{".metadata": null}')]
+DAMAGES = [
+    damage_truncate,
+    damage_flip_a_bit,
+    damage_lose_a_file,
+    damage_lose_the_manifest,
+    *map(damage_manifest, MANIFESTS),
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

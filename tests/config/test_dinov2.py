@@ -1,11 +1,13 @@
 """DINOv2's own configs and command lines: what they become, and what is said about it."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-from dinov2_eq.config.dinov2 import KEYS, PARTS
+from dinov2_eq.config.dinov2 import KEYS, NO_MEANING, PARTS
 from dinov2_eq.config.load import load_config, to_dict
 from dinov2_eq.models import ARCHS
 from dinov2_eq.train.train import main
@@ -206,13 +208,19 @@ def test_a_config_of_this_project_is_said_nothing_about(read):
     assert read({"optim": {"steps": 200000}}).notes == []
 
 
-def test_every_key_is_known_and_none_is_of_the_schema(read):
+def test_every_key_is_known_and_none_is_of_the_schema():
     def leaves(values, prefix=""):
         for key, value in values.items():
             yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
 
     ours = set(leaves(to_dict(load_config(None))))
     assert set(leaves(resolved())) - ours == KEYS and not KEYS & ours
+
+
+def test_the_page_names_every_key_without_a_meaning():
+    page = (Path(__file__).parents[2] / "docs" / "from_dinov2.md").read_text(encoding="utf-8")
+    sentence = page.partition("These mean nothing here")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", sentence)) == {key.rpartition(".")[2] for key in NO_MEANING}
 
 
 @pytest.mark.parametrize(
@@ -236,7 +244,7 @@ def test_epochs_become_steps(read, settings, overrides, lengths):
     assert read(settings, *overrides).lengths == lengths
 
 
-def test_epochs_over_a_recipe(read):
+def test_epochs_over_a_recipe():
     config = load_config("debug", ["optim.epochs=0.01", "train.OFFICIAL_EPOCH_LENGTH=1000"])
     assert (config.optim.steps, config.optim.warmup_steps) == (10, 2)
 
@@ -352,7 +360,7 @@ def test_defaults_that_are_not_those_of_the_schema(read):
     assert (config.student.ffn_layer, config.train.dataset_path) == ("mlp", "ImageNet:split=TRAIN")
 
 
-def test_the_task_is_switched_on_by_who_asks_for_it(read, tmp_path):
+def test_the_task_is_switched_on_by_who_asks_for_it(read):
     assert not read(SHORT).config.equivariance.enabled
     for setting in ("enabled=true", "loss_weight=2"):
         found = read(SHORT, f"equivariance.{setting}")

@@ -73,47 +73,10 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 
 PIECES = [
-    "train",
-    "seed",
-    ":",
-    " ",
-    "\n",
-    "  ",
-    "{",
-    "}",
-    "[",
-    "]",
-    ",",
-    "- ",
-    "&a",
-    "*a",
-    "!!int",
-    "!!binary",
-    "|",
-    ">",
-]
-PIECES += [
-    "'",
-    '"',
-    "#",
-    "${",
-    "${a}",
-    "???",
-    "\t",
-    "\x00",
-    "\x85",
-    "é",
-    "3",
-    "1e3",
-    "~",
-    "<<",
-    "? ",
-    "=",
-    "%",
-    "@",
-    "base",
-]
-PIECES += ["optim", "epochs", "MODEL", "WEIGHTS", "steps", "equivariance", "2001-99-99", ".nan", "0x", "1:99", "\\x"]
+    "train", "seed", ":", " ", "\n", "  ", "{", "}", "[", "]", ",", "- ", "&a", "*a", "!!int", "!!binary", "|", ">",
+    "'", '"', "#", "${", "${a}", "???", "\t", "\x00", "\x85", "é", "3", "1e3", "~", "<<", "? ", "=", "%", "@", "base",
+    "optim", "epochs", "MODEL", "WEIGHTS", "steps", "equivariance", "2001-99-99", ".nan", "0x", "1:99", "\\x",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(4))

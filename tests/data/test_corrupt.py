@@ -24,7 +24,7 @@ def test_the_next_readable_image_stands_in(tmp_path):
     image, skipped = read_or_next(dataset, 1)
     assert image.getpixel((0, 0)) == (3, 0, 0)
     assert [text[: text.index(": ")][-7:] for text in skipped] == ["001.png", "002.png"]
-    assert all("no image, or in a format that is not read" in text for text in skipped)
+    assert all("not an image, or in a format that is not supported" in text for text in skipped)
     image, skipped = read_or_next(dataset, 4)  # past the end it starts over
     assert image.getpixel((0, 0)) == (0, 0, 0)
     assert read_or_next(dataset, 3)[1] == ()

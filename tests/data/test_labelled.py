@@ -59,7 +59,7 @@ def test_a_single_class(tmp_path):
         read_labelled(SHAPES, [], "k-NN", max_images=1)
 
 
-def test_classes_that_training_lacks(tmp_path):
+def test_classes_that_training_lacks():
     with pytest.raises(
         DataError, match=r"2 of the 10 classes of 'Shapes:num=10:size=8' have no image .* \(labels 8, 9\)"
     ):

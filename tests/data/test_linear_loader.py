@@ -89,8 +89,6 @@ def test_whole_images_keep_what_the_centre_crop_cuts(tmp_path):
     pixels[:3] = pixels[-3:] = 255
     Image.fromarray(pixels).save(tmp_path / "a" / "1.png")
     dataset = build_dataset(f"ImageFolder:root={tmp_path}")
-    (whole, labels), (centre, _) = (
-        next(iter(make(dataset, [0], 112, 1))) for make in (make_whole_image_loader, make_eval_loader)
-    )
-    assert torch.equal(whole[0], torch.from_numpy(pixels).permute(2, 0, 1)) and labels.tolist() == [0]
+    (whole,), (centre,) = (make(dataset, [0], 112, 1) for make in (make_whole_image_loader, make_eval_loader))
+    assert torch.equal(whole[0], torch.from_numpy(pixels).permute(2, 0, 1))
     assert centre.max() < 0.1

@@ -157,7 +157,7 @@ def test_card_of_a_run_and_of_an_encoder_of_another_size(run_folder, tmp_path, c
     assert "random:vit_tiny/16@48" in (tmp_path / "report_card.html").read_text()
 
 
-def test_card_of_data_without_labels(tmp_path, capsys):
+def test_card_of_data_without_labels(tmp_path):
     images = tmp_path / "images"
     images.mkdir()
     shapes = build_dataset(TRAIN)

@@ -45,8 +45,8 @@ def test_the_final_fit_is_scikit_learns(tmp_path):
     for images in read_labelled(SHAPES["train"], [SHAPES["val"]], "test"):
         loader = make_whole_image_loader(images.dataset, images.indices, encoder.image_size, 64)
         encode = partial(pooled_features, encoder.backbone, mean=encoder.mean, std=encoder.std)
-        features, labels = encode_batches(encode, loader, torch.device("cpu"))
-        parts += [features.double().numpy(), labels.numpy()]
+        features = encode_batches(encode, loader, torch.device("cpu"))
+        parts += [features.double().numpy(), images.labels.numpy()]
     train, train_labels, val, val_labels = parts
     oracle = LogisticRegression(C=results["results"]["C"], max_iter=10000, tol=1e-8).fit(train, train_labels)
     expected = 100 * oracle.score(val, val_labels)

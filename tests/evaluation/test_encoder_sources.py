@@ -200,7 +200,7 @@ def test_a_release_with_fewer_blocks_than_its_entry_point():
     assert trained.image_size == untrained.image_size == 32
 
 
-def test_hub_refusals(tmp_path, monkeypatch):
+def test_hub_refusals(tmp_path):
     (tmp_path / "hubconf.py").write_text(HUBCONF)
     assert "write hub:REPO:NAME" in refusal("hub:dinov2_vits14")
     assert "cannot be loaded: Cannot find callable nonsense" in refusal(f"hub:{tmp_path}:nonsense")

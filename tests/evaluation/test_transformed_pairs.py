@@ -86,7 +86,7 @@ def test_border_pixels_show_with_zeros_and_not_otherwise():
 def test_images_and_transformed_images_are_in_order():
     dataset = build_dataset("Shapes:num=6:size=16")
     pairs, theta = extract(dataset, ["color_jitter", "rotation"], draws=2)
-    ((images, _),) = make_eval_loader(dataset, range(6), SIZE, batch_size=6)
+    (images,) = make_eval_loader(dataset, range(6), SIZE, batch_size=6)
     for draw, rows in enumerate(pairs["color_jitter", "none"].split(6)):
         torch.testing.assert_close(rows[:, 0], images)
         expected = TASKS["color_jitter"].apply(images, theta["color_jitter"][draw], (SIZE, SIZE))

@@ -181,7 +181,7 @@ def test_an_installed_package_has_its_weights_inside(released, tmp_path, monkeyp
     assert "released are: none yet" in refusal(TINY)
 
 
-def test_refusals(released, tmp_path):
+def test_refusals(released):
     text = refusal(ENTRY_POINTS["dinov2_eq_vits14"])
     assert "No weights are released for dinov2_eq_vits14" in text and "pretrained=False" in text
     assert "released are: plain (dinov2_eq_vitt8_reg), split (dinov2_eq_vitt8)" in text

@@ -31,7 +31,7 @@ class Pixels(nn.Module):
 
 def batches(*sizes):
     generator = torch.Generator().manual_seed(0)
-    return [(torch.rand(size, 3, 4, 4, generator=generator), torch.arange(size)) for size in sizes]
+    return [torch.rand(size, 3, 4, 4, generator=generator) for size in sizes]
 
 
 def extract(loader, mode="cls"):
@@ -41,13 +41,10 @@ def extract(loader, mode="cls"):
 
 def test_modes():
     loader = batches(5, 2)
-    images = torch.cat([images for images, _ in loader])
-    pixels = ((images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]).flatten(2)
-    features, labels = extract(loader)
-    torch.testing.assert_close(features, pixels.amax(2))
-    assert labels.tolist() == [0, 1, 2, 3, 4, 0, 1]
-    torch.testing.assert_close(extract(loader, "mean")[0], pixels.mean(2))
-    torch.testing.assert_close(extract(loader, "both")[0], torch.cat([pixels.amax(2), pixels.mean(2)], dim=1))
+    pixels = ((torch.cat(loader) - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]).flatten(2)
+    torch.testing.assert_close(extract(loader), pixels.amax(2))
+    torch.testing.assert_close(extract(loader, "mean"), pixels.mean(2))
+    torch.testing.assert_close(extract(loader, "both"), torch.cat([pixels.amax(2), pixels.mean(2)], dim=1))
 
 
 def test_an_unknown_mode():
@@ -56,8 +53,7 @@ def test_an_unknown_mode():
 
 
 def test_features_can_train_a_head():
-    features, _ = extract(batches(3))
-    loss = nn.Linear(3, 1)(features).sum()
+    loss = nn.Linear(3, 1)(extract(batches(3))).sum()
     loss.backward()  # inference tensors would refuse
 
 
@@ -103,11 +99,11 @@ def numbered_batches(indices, broken=None):
     for part in torch.as_tensor(indices).split(2):
         images = part[:, None].float()
         images[part == broken] = torch.nan
-        yield images, 10 * part
+        yield images
 
 
 def encode_all(num_images):
-    """(all features and labels, own features and labels, share, what a NaN in the last image says)"""
+    """(all features, own features, share, what a NaN in the last image says)"""
     indices = 3 * torch.arange(num_images).numpy()
     device = torch.device("cpu")
     together = encode_together(torch.square, numbered_batches, indices, device)
@@ -115,7 +111,7 @@ def encode_all(num_images):
     with pytest.raises(ValueError) as caught:  # in all processes, though one only computes that image
         encode_together(torch.square, lambda some: numbered_batches(some, indices[-1]), indices, device)
     share = own_share(num_images)
-    return [part.tolist() for part in (*together, *own)], (share.start, share.stop), str(caught.value)
+    return together.tolist(), own.tolist(), (share.start, share.stop), str(caught.value)
 
 
 def encode_in_a_process():
@@ -126,12 +122,9 @@ def encode_in_a_process():
 def test_several_processes_compute_what_one_does():
     answers = [encode_in_a_process(), *run_ranks(encode_in_a_process, 3)]
     for number, found in enumerate(answers):
-        for num_images, ((features, labels, own_features, own_labels), share, message) in zip(
-            (7, 2), found, strict=True
-        ):
+        for num_images, (features, own_features, share, message) in zip((7, 2), found, strict=True):
             assert features == [[float(9 * i * i)] for i in range(num_images)]
-            assert labels == [30 * i for i in range(num_images)]
-            assert own_features == features[slice(*share)] and own_labels == labels[slice(*share)]
+            assert own_features == features[slice(*share)]
             assert f"features of 1 of {num_images} images are NaN" in message
             size = num_images if number == 0 else -(-num_images // 3)
             assert share == (max(number - 1, 0) * size, max(number, 1) * size)

@@ -105,6 +105,10 @@ def test_not_probed(tmp_path):
         ("environment.json", '{"device": "cpu"}'),
         ("results_eval_knn.json", '{"results": {"full": {}}}'),
         ("results_eval_equivariance.json", '{"protocol": {}, "rows": []}'),
+        (
+            "results_eval_equivariance.json",
+            '{"protocol": {"train_dataset": "a", "val_dataset": "b"}, "rows": [], "encoder": {"step": "x"}}',
+        ),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, name, content):

@@ -20,8 +20,6 @@ class UnreadableImage(Exception):
 
     def __init__(self, name: str, reason: str, rest: int = 0) -> None:
         super().__init__(f"{name}: {reason}")
-        self.name = name
-        self.reason = reason
         self.rest = rest
 
 

@@ -63,7 +63,8 @@ def build_from_table(string: str, table: dict[str, Callable[..., ImageDataset]])
         if isinstance(dataset, EncodedImages):
             dataset.decoding = decoding
         elif given:
-            raise DataError(f"{'=... and '.join(given)}=... is for image files, and there are none; leave it out.")
+            keys = "=... and ".join(given)
+            raise DataError(f"{keys}=... applies to image files only, and this dataset has none; leave it out.")
     except DataError as error:
         raise DataError(f"Data string {string!r}: {error}") from None
     dataset.data_string = string

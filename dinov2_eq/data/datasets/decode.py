@@ -109,7 +109,9 @@ def decode_image(
                     )
             return to_rgb(image, name)
     except UnidentifiedImageError as error:
-        raise UnreadableImage(name(), "UnidentifiedImageError: no image, or in a format that is not read") from error
+        raise UnreadableImage(
+            name(), "UnidentifiedImageError: not an image, or in a format that is not supported"
+        ) from error
     except DECODE_ERRORS as error:
         raise UnreadableImage(name(), f"{type(error).__name__}: {error}") from error
 

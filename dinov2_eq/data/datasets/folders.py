@@ -61,10 +61,11 @@ class ImageFolder(Folder):
 
     def _set_classes(self, class_names: list[str]) -> None:
         left_out = LeftOut(self.root.joinpath)
+        kind = "images beside the class folders" if class_names else "images"
         for path in list_images(self.root, left_out, skip=set(class_names)):
-            left_out.add("images beside the class folders", path)
+            left_out.add(kind, path)
         if not class_names:
-            others = describe(left_out.found(), " beside ")
+            others = describe(left_out.found(), "; it holds ")
             raise DataError(
                 f"{self.root} has no class folders{others}; for unlabelled images write Folder:root={self.root}"
             )
@@ -87,7 +88,9 @@ class ImageNetSplit(ImageFolder):
         train_classes = list_folders(root / "train") if (root / "train").is_dir() else []
         unknown = sorted(set(list_folders(self.root)) - set(train_classes)) if train_classes else []
         if unknown:
-            raise DataError(f"{self.root} has class folders that {root / 'train'} has not: {', '.join(unknown[:5])}")
+            raise DataError(
+                f"{self.root} has class folders that {root / 'train'} does not have: {', '.join(unknown[:5])}"
+            )
         self._set_classes(train_classes or list_folders(self.root))
 
 

@@ -57,7 +57,7 @@ class LeftOut:
             return
         if looks_like_image(base):
             self.add("hidden image files" if hidden else "image files of kinds that are not read here", name)
-        elif not ARCHIVES.isdisjoint(endings(base)):
+        elif looks_like_archive(base):
             self.add("archives", name)
         elif not hidden:
             self._peek(name, re.sub(r"\d+", "0", os.path.splitext(base)[1]))
@@ -76,7 +76,7 @@ class LeftOut:
 
 
 def describe(found: Found, before: str = "") -> str:
-    """Words for what was left out, after those of `before`; "" where there is nothing."""
+    """A sentence part about what was left out, with `before` in front; "" where nothing was."""
     words = "; ".join(f"{kind} ({count}, such as {example})" for kind, (count, example) in found.items())
     return words and before + words
 
@@ -103,6 +103,10 @@ def endings(name: str) -> list[str]:
     return name.lower().split(".")[1:]
 
 
+def looks_like_archive(name: str) -> bool:
+    return not ARCHIVES.isdisjoint(endings(name))
+
+
 def check_folder(path: str) -> Path:
     if not os.path.isdir(path):
         raise DataError(f"there is no folder {path}")
@@ -126,13 +130,11 @@ def list_folders(root: Path) -> list[str]:
     return [entry.name for entry in scan(root) if is_folder(entry) and not entry.name.startswith(".")]
 
 
-def list_files(
-    root: Path, left_out: LeftOut, start: str = "", skip: Collection[str] = ()
-) -> Iterator[tuple[str, bool]]:
-    """Paths of all files below `start`, relative to `root`, and whether each is a file that is there.
+def list_files(root: Path, left_out: LeftOut, start: str = "", skip: Collection[str] = ()) -> Iterator[str]:
+    """Paths of the regular files below `start`, relative to `root`.
 
     Links are followed; of several links to one folder, the first counts. Hidden folders and those of `skip` are not
-    entered.
+    entered. Broken links and special files count as left out where their names are those of images or archives.
     """
     visited, pending = set(), [start]
     while pending:
@@ -143,8 +145,11 @@ def list_files(
         visited.add(real)
         for entry in scan(root / folder):
             path = os.path.join(folder, entry.name)
-            if not is_folder(entry):
-                yield path, is_file(entry)
+            if is_file(entry):
+                yield path
+            elif not is_folder(entry):
+                if looks_like_image(entry.name) or looks_like_archive(entry.name):
+                    left_out.add(BROKEN, path)
             elif entry.name.startswith("."):
                 if _holds_images(root / path):
                     left_out.add("hidden folders with images", path)
@@ -155,12 +160,9 @@ def list_files(
 def list_images(root: Path, left_out: LeftOut, start: str = "", skip: Collection[str] = ()) -> list[str]:
     """Paths of the images that `list_files` finds, sorted; hidden files are no images."""
     images = []
-    for path, exists in list_files(root, left_out, start, skip):
+    for path in list_files(root, left_out, start, skip):
         name = os.path.basename(path)
-        if not exists:
-            if looks_like_image(name):
-                left_out.add(BROKEN, path)
-        elif name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+        if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
             images.append(path)
         else:
             left_out.look_at(path)

@@ -4,8 +4,8 @@ import hashlib
 import json
 import logging
 import os
-import uuid
 import zlib
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from dinov2_eq.data.datasets.base import DataError
 from dinov2_eq.data.datasets.tar_scan import TarImages, scan_tar
+from dinov2_eq.files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +40,15 @@ def index_tar(path: str, image: str, label: str) -> TarImages:
     try:
         stat = os.stat(path)
         stamp = [INDEX_VERSION, stat.st_size, stat.st_mtime_ns]
-        folders = _index_folders(path)
         name = f"{os.path.basename(path)}.{image or 'any'}.{label}"
-        for folder in folders:
+        for folder in _index_folders(path):
             images = _load(folder / name, stamp)
             if images is not None:
                 return images
         images = scan_tar(path, image, label)
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror}") from None
-    for folder in folders:
+    for folder in _index_folders(path):
         try:
             _save(folder / name, stamp, images)
             return images
@@ -63,11 +63,15 @@ def _warn_once(folder: str, reason: str) -> None:
     logger.warning("The index of the shards in %s cannot be kept, so each start scans them again: %s", folder, reason)
 
 
-def _index_folders(path: str) -> list[Path]:
+def _index_folders(path: str) -> Iterator[Path]:
     """Where the index of a tar file may be, the best place first."""
     folder = os.path.dirname(os.path.realpath(path))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return [Path(folder, INDEX_FOLDER), cache / "dinov2_eq" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]]
+    yield Path(folder, INDEX_FOLDER)
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:  # a user without a home
+        return
+    yield cache / "dinov2_eq" / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
 
 
 def _load(path: Path, stamp: list[int]) -> TarImages | None:
@@ -90,16 +94,11 @@ def _load(path: Path, stamp: list[int]) -> TarImages | None:
 
 
 def _save(path: Path, stamp: list[int], images: TarImages) -> None:
-    """Written aside and renamed, because several processes may do so at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows, *others = images
     content = json.dumps([stamp, *others]).encode() + b"\n" + rows.astype("<i8").tobytes()
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    try:
-        aside.write_bytes(_checksum(content) + content)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(_checksum(content) + content)
 
 
 def _checksum(content: bytes) -> bytes:

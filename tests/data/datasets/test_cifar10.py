@@ -44,7 +44,7 @@ def test_decoding_keys_are_for_encoded_images(tmp_path):
     dataset = build_dataset(f"CIFAR10:split=TEST:root={tmp_path}:exif=true")
     assert dataset.decoding.exif
     (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [1]}))
-    with pytest.raises(DataError, match=r"exif=\.\.\. is for image files, and there are none"):
+    with pytest.raises(DataError, match=r"exif=\.\.\. applies to image files only, and this dataset has none"):
         build_dataset(f"CIFAR10:split=TEST:root={tmp_path}:exif=true")
 
 

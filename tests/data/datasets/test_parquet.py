@@ -177,6 +177,20 @@ def test_other_files_in_the_folder_are_named(tmp_path, caplog):
         build_dataset(f"Parquet:path={path.parent}")
 
 
+def test_broken_links_and_special_files(tmp_path, caplog):
+    path = write_parquet(tmp_path, "a.parquet", {"image": [encoded(0)]})
+    os.mkfifo(path.parent / "b.parquet")
+    os.mkfifo(path.parent / "pipe")
+    assert len(build_dataset(f"Parquet:path={path.parent}")) == 1
+    with pytest.raises(DataError, match=r"b\.parquet is a broken link or not a regular file"):
+        build_dataset(f"Parquet:path={path.parent}/*.parquet")
+    (path.parent / "c.parquet").symlink_to(tmp_path / "nowhere.parquet")
+    path.unlink()
+    with pytest.raises(DataError, match=r"no Parquet file at .*; left out are broken links and special files \(2, "):
+        build_dataset(f"Parquet:path={path.parent}")
+    assert "broken links and special files (1, such as b.parquet)" in caplog.text
+
+
 def test_a_folder_that_is_named_like_a_file(tmp_path):
     path = write_parquet(tmp_path, "part.parquet", {"image": [encoded(4)]})
     (tmp_path / "table.parquet").mkdir()
@@ -199,8 +213,8 @@ def test_a_damaged_row_group_is_passed_over(tmp_path):
     content[start : start + group.total_compressed_size] = bytes(group.total_compressed_size)
     path.write_bytes(content)
     dataset = build_dataset(f"Parquet:path={path}")
-    with pytest.raises(UnreadableImage, match=r"a\.parquet, row group 1: \w+: ") as caught:
+    with pytest.raises(UnreadableImage, match=rf"^{path}, row group 1: \w+: ") as caught:
         dataset.read(2)
-    assert caught.value.name == f"{path}, row group 1" and caught.value.rest == 1
+    assert caught.value.rest == 1
     image, skipped = read_or_next(dataset, 2)
     assert image.getpixel((0, 0)) == COLOURS[4] and len(skipped) == 1

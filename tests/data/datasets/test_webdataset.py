@@ -1,4 +1,4 @@
-"""Tar shards as WebDataset packs them, against a slow reading with tarfile; the index; every way to be wrong."""
+"""Tar shards as WebDataset packs them, against a slow reading with tarfile; every way to be wrong."""
 
 import gzip
 import io
@@ -11,53 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2_eq.data.datasets import DataError, UnreadableImage, build_dataset, require_labels, tar_index
+from dinov2_eq.data.datasets import DataError, UnreadableImage, build_dataset, require_labels
 from dinov2_eq.data.datasets.webdataset import expand_braces, list_shards
-
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def scanned(monkeypatch):
-    """The shards that were scanned, not read from an index."""
-    paths, scan = [], tar_index.scan_tar
-    monkeypatch.setattr(tar_index, "scan_tar", lambda path, *options: paths.append(path) or scan(path, *options))
-    return paths
-
-
-def picture(number):
-    buffer = io.BytesIO()
-    Image.new("RGB", (5, 4), (number % 256, number // 256, 7)).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def write_tar(path, files, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", **options) as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
-def write_shards(folder, num_shards=3, per_shard=4):
-    for shard in range(num_shards):
-        files = {}
-        for number in range(shard * per_shard, (shard + 1) * per_shard):
-            files[f"{number:06d}.png"] = picture(number)
-            files[f"{number:06d}.cls"] = f"{number % 3}\n".encode()
-        write_tar(folder / f"train-{shard:04d}.tar", files)
-    return folder / f"train-{{0000..{num_shards - 1:04d}}}.tar"
-
-
-def number_of(dataset, index):
-    red, green, _ = dataset.read(index).getpixel((0, 0))
-    return red + 256 * green
+from tests.data.datasets.tars import number_of, picture, write_shards, write_tar
 
 
 def test_samples_are_those_that_a_slow_reading_finds(tmp_path):
@@ -280,66 +236,14 @@ def test_imagenet22k_is_a_folder_of_class_tars(tmp_path, caplog):
         build_dataset(f"ImageNet22k:root={tmp_path}")
 
 
-# the index
-
-
-def test_a_second_start_scans_nothing(tmp_path, scanned):
-    string = f"WebDataset:urls={write_shards(tmp_path / 'data')}"
-    first = build_dataset(string)
-    assert len(scanned) == 3
-    second = build_dataset(string)
-    assert len(scanned) == 3
-    assert second.labels.tolist() == first.labels.tolist()
-    assert [number_of(second, index) for index in range(12)] == list(range(12))
-    build_dataset(string + ":label=id")  # has an index of its own
-    build_dataset(string)
-    assert len(scanned) == 6
-    left = {path.name for path in (tmp_path / "data" / tar_index.INDEX_FOLDER).iterdir()}
-    assert left == {f"train-000{shard}.tar.any.{label}" for shard in range(3) for label in ("cls", "id")}
-
-
-def test_a_changed_shard_is_scanned_again(tmp_path, scanned):
-    string = f"WebDataset:urls={write_shards(tmp_path / 'data')}"
-    build_dataset(string)
-    path = tmp_path / "data" / "train-0001.tar"
-    before = os.stat(path)
-    write_tar(path, {"1.png": picture(100), "1.cls": b"8", "2.png": picture(101), "2.cls": b"9"})
-    dataset = build_dataset(string)
-    assert scanned[3:] == [str(path)]
-    assert [number_of(dataset, index) for index in (3, 4, 5, 6)] == [3, 100, 101, 8]
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))  # the same size at another time
-    build_dataset(string)
-    assert scanned[4:] == [str(path)]
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
-def test_a_damaged_index_is_made_again(tmp_path, scanned, damage):
-    string = f"WebDataset:urls={write_shards(tmp_path / 'data', num_shards=1)}"
-    build_dataset(string)
-    (index,) = (tmp_path / "data" / tar_index.INDEX_FOLDER).iterdir()
-    content = bytearray(index.read_bytes())
-    whole = bytes(content)
-    content[60] ^= 1
-    index.write_bytes({"truncated": whole[:-24], "flipped": bytes(content), "empty": b""}[damage])
-    assert [number_of(build_dataset(string), number) for number in range(4)] == [0, 1, 2, 3]
-    assert len(scanned) == 2
-    assert index.read_bytes() == whole
-
-
-def test_an_index_that_cannot_lie_beside_the_shards(tmp_path, cache_folder, scanned, caplog):
-    string = f"WebDataset:urls={write_shards(tmp_path / 'data', num_shards=1)}"
-    (tmp_path / "data" / tar_index.INDEX_FOLDER).write_text("in the way, as a read-only folder is for most users")
-    build_dataset(string)
-    build_dataset(string)
-    assert len(scanned) == 1
-    assert [path.name for path in cache_folder.glob("dinov2_eq/*/*")] == ["train-0000.tar.any.cls"]
-
-    (indexed,) = cache_folder.glob("dinov2_eq/*")
-    indexed.rename(tmp_path / "elsewhere")
-    indexed.write_text("in the way")
-    with caplog.at_level(logging.WARNING):
-        assert len(build_dataset(string)) == len(build_dataset(string)) == 4
-    assert caplog.text.count("cannot be kept") == 1
+def test_class_tars_that_are_broken_links_or_special_files(tmp_path, caplog):
+    write_tar(tmp_path / "n01.tar", {"1.png": picture(3)})
+    os.mkfifo(tmp_path / "n02.tar")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "n03.tar").symlink_to(tmp_path / "nowhere.tar")
+    dataset = build_dataset(f"ImageNet22k:root={tmp_path}")
+    assert len(dataset) == 1 and dataset.class_names == ["n01"]
+    assert "broken links and special files (2, such as n02.tar)" in caplog.text
 
 
 # what can be wrong
