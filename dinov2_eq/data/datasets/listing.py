@@ -130,11 +130,16 @@ def list_folders(root: Path) -> list[str]:
     return [entry.name for entry in scan(root) if is_folder(entry) and not entry.name.startswith(".")]
 
 
-def list_files(root: Path, left_out: LeftOut, start: str = "", skip: Collection[str] = ()) -> Iterator[str]:
+def list_files(
+    root: Path, left_out: LeftOut, start: str = "", skip: Collection[str] = (), needed: str | None = None
+) -> Iterator[str]:
     """Paths of the regular files below `start`, relative to `root`.
 
     Links are followed; of several links to one folder, the first counts. Hidden folders and those of `skip` are not
     entered. Broken links and special files count as left out where their names are those of images or archives.
+
+    Raises:
+        DataError: a broken link or special file ends in `needed`: a part of the data, which must not go missing.
     """
     visited, pending = set(), [start]
     while pending:
@@ -148,6 +153,8 @@ def list_files(root: Path, left_out: LeftOut, start: str = "", skip: Collection[
             if is_file(entry):
                 yield path
             elif not is_folder(entry):
+                if needed is not None and entry.name.endswith(needed):
+                    raise DataError(f"{root / path} is a broken link or not a regular file; restore or remove it")
                 if looks_like_image(entry.name) or looks_like_archive(entry.name):
                     left_out.add(BROKEN, path)
             elif entry.name.startswith("."):

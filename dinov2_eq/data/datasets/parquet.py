@@ -69,7 +69,7 @@ class Parquet(EncodedImages):
 
     def _check_file(self, file: str) -> pq.FileMetaData:
         if not os.path.isfile(file):  # a pattern may find others, and opening a named pipe waits for ever
-            raise DataError(f"{file} is a broken link or not a regular file; remove it, or choose another pattern")
+            raise DataError(f"{file} is a broken link or not a regular file; restore or remove it")
         try:
             with _open(file) as parquet:
                 metadata = parquet.metadata
@@ -212,7 +212,7 @@ def _list_files(path: str) -> list[str]:
     else:
         left_out = LeftOut(Path(path).joinpath)
         files = []
-        for name in list_files(Path(path), left_out):
+        for name in list_files(Path(path), left_out, needed=".parquet"):
             base = os.path.basename(name)
             if base.endswith(".parquet") and not base.startswith("."):
                 files.append(os.path.join(path, name))

@@ -98,7 +98,7 @@ class ClassTars(WebDataset):
     def __init__(self, root: str, extra: str = "") -> None:
         folder, shards = check_folder(root), []
         left_out = LeftOut(folder.joinpath)
-        for name in list_files(folder, left_out):
+        for name in list_files(folder, left_out, needed=".tar"):
             if name.endswith(".tar") and not name.startswith(".") and "/" not in name:
                 shards.append(name)
             else:

@@ -238,12 +238,14 @@ def test_imagenet22k_is_a_folder_of_class_tars(tmp_path, caplog):
 
 def test_class_tars_that_are_broken_links_or_special_files(tmp_path, caplog):
     write_tar(tmp_path / "n01.tar", {"1.png": picture(3)})
-    os.mkfifo(tmp_path / "n02.tar")
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "n03.tar").symlink_to(tmp_path / "nowhere.tar")
+    os.mkfifo(tmp_path / "n02.tar.gz")
     dataset = build_dataset(f"ImageNet22k:root={tmp_path}")
     assert len(dataset) == 1 and dataset.class_names == ["n01"]
-    assert "broken links and special files (2, such as n02.tar)" in caplog.text
+    assert "broken links and special files (1, such as n02.tar.gz)" in caplog.text
+    (tmp_path / "n00.tar").symlink_to(tmp_path / "nowhere.tar")
+    with pytest.raises(DataError, match=r"n00\.tar is a broken link or not a regular file; restore or remove it"):
+        build_dataset(f"ImageNet22k:root={tmp_path}")
 
 
 # what can be wrong
