@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.queues import Queue
@@ -60,18 +61,22 @@ class Loader(DataLoader):
 
 
 def _named_waits(batches: Iterator[Any], has_workers: bool) -> Iterator[Any]:
-    while True:
+    failure = None
+    while failure is None:
         with waiting_for("data", patience_s=PATIENCE_S):
             try:
                 batch = next(batches)
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:
-                explained = _explained(error) if has_workers else None
-                if explained is None:
+                failure = _explained(error) if has_workers else None
+                if failure is None:
                     raise
-                raise explained from None
+                traceback.clear_frames(error.__traceback__)  # they hold `batches`
+                continue
         yield batch
+    del batches  # ends the other processes: torch raises an error, wherever this process is, for each that fails
+    raise failure
 
 
 class InSharedMemory:

@@ -131,6 +131,23 @@ def test_no_room_for_a_batch_is_an_error_of_the_batch(monkeypatch):
         read_all(Loader(torch.arange(10.0), num_workers=1, collate_fn=lambda samples: {"rows": [torch.stack(samples)]}))
 
 
+def fail_in_the_first_worker(samples):
+    if torch.utils.data.get_worker_info().id == 0:
+        no_room(samples)
+    time.sleep(0.1)
+    return samples
+
+
+def test_the_other_workers_end_before_the_error_of_one_is_raised():
+    """Each that failed later would be an error of torch's, wherever the main process is by then."""
+    others = {process.pid for process in multiprocessing.active_children()}
+    batches = iter(Loader(torch.arange(1000.0), num_workers=2, collate_fn=fail_in_the_first_worker))
+    pids = {process.pid for process in multiprocessing.active_children()} - others
+    with pytest.raises(DataError) as caught:
+        list(batches)
+    assert caught.value.__context__ is None and not any(is_running(pid) for pid in pids)
+
+
 def test_no_room_for_the_queues(monkeypatch):
     def fail(loader):
         raise OSError(errno.ENOSPC, "No space left on device")
