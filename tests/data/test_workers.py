@@ -191,13 +191,11 @@ def test_a_bug_in_a_worker_stays_a_bug():
 
 
 def hear_of_a_signal_to_a_worker():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore SIGINT
     with SignalWatch("run it again") as watch:
         _batches, pids = start_loader()
-        for _ in range(20):  # Python drops the KeyboardInterrupt of a signal that arrives within a finalizer
-            if remaining := [pid for pid in pids if is_running(pid)]:
-                signal_from_another_process(remaining, "INT")
-                time.sleep(1)
-        wait_until_gone(pids, timeout_s=1)
+        signal_from_another_process(pids, "INT")
+        wait_until_gone(pids, timeout_s=20)
         time.sleep(2 * waiting.TICK_S)
         return signal.SIGINT in watch._received
 
