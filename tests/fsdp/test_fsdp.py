@@ -189,7 +189,9 @@ def test_activation_checkpointing_changes_memory_only(one_process, tmp_path):
     require_equal(tmp_path / "alone", tmp_path / "plain")
 
 
-def test_compiled_blocks_compute_the_same(tmp_path):
+def test_compiled_blocks_compute_the_same(tmp_path, monkeypatch):
+    # torch's shared cache may hold what it compiled for other vector instructions, which gives NaN here.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     short = ["optim.steps=2", "crops.local_crops_number=0"]
     train("debug", tmp_path / "eager", 4, *short)
     train("debug", tmp_path / "compiled", 4, *short, "fsdp.compile=true")
