@@ -1,7 +1,7 @@
 """What is handed from one floor of the code to the next.
 
-Shape letters: B batch, C channels, H and W height and width, G global crops (2), L local crops, K intermediate
-targets, N patches, D feature size, P parameters of the transform. The crop axis always comes first.
+Shape letters: B batch, C channels, H and W height and width, V views of one group (2 global crops, L local crops),
+N patches, D feature size, A parameters of the transform g, F fractions of theta. The view axis always comes first.
 """
 
 from typing import NamedTuple
@@ -22,6 +22,24 @@ class PhotometricParams(NamedTuple):
     solarize: Tensor  # [...] bool
 
 
+GLOBAL, LOCAL, PATH = "global", "local", "path"  # names of groups of views, see `ViewBatch`
+
+
+class PathViews(NamedTuple):
+    """Views at fractions of theta that the student encodes for one objective alone."""
+
+    fractions: tuple[float, ...]
+    share: float = 1.0  # of the images
+    local_size: bool = False  # the size of the local crops; False: of the global crops
+
+
+class Drawn(NamedTuple):
+    """What links the second global view of one image to its base view."""
+
+    theta: Tensor  # [A] parameters of the transform; A = 0 where there is none
+    known: bool  # whether objectives may use theta
+
+
 class Sample(NamedTuple):
     """One image as a worker hands it over: crops in uint8 and every random number it will need."""
 
@@ -30,34 +48,50 @@ class Sample(NamedTuple):
     base_canvas: Tensor  # [C, Hc, Wc] uint8, its centre becomes the base view u
     local_crops: Tensor  # [L, C, h, w] uint8
     photometric: PhotometricParams  # leading axis 2 + L: anchor, base, local crops
-    theta: Tensor  # [P] parameters of the transform g; P = 0 without the task
+    drawn: Drawn
     skipped: tuple[str, ...]  # the unreadable images that this one replaces, with what is wrong
 
 
 class CollatedBatch(NamedTuple):
     """A batch of `Sample`s, still uint8, plus the masks."""
 
-    step_position: int  # position of the first sample
     anchor_crops: Tensor  # [B, C, H, W] uint8
     base_canvases: Tensor  # [B, C, Hc, Wc] uint8
     local_crops: Tensor  # [L, B, C, h, w] uint8, L may be 0
     photometric: PhotometricParams  # leading axes [2 + L, B]
-    theta: Tensor  # [B, P]
-    masks: Tensor  # [G, B, N] bool, True where the student does not see the patch
+    theta: Tensor  # [B, A]
+    known: Tensor  # [B] bool
+    path_rows: Tensor  # [R] int64, the images whose path is encoded as views of its own; R may be 0
+    masks: Tensor  # [2, B, N] bool, True where the student does not see the patch; N = 0 where nothing is masked
+    masked_patches: Tensor  # [M] int64, the places of True in the flattened masks
     skipped: tuple[str, ...]
 
 
-class ViewBatch(NamedTuple):
-    """What the networks see: augmented, transformed and normalised images on the device."""
+class Group(NamedTuple):
+    """Views of one size, which a network encodes together."""
 
-    global_crops: Tensor  # [G, B, C, H, W]: the anchor view v1, then the transformed view v2 (or u without the task)
-    local_crops: Tensor  # [L, B, C, h, w], L may be 0
-    masks: Tensor  # [G, B, N] bool
-    intermediate_targets: Tensor  # [K, B, C, H, W], K = 0 where nothing is reconstructed
+    images: Tensor  # [V, B, C, H, W], augmented and normalised
+    masks: Tensor | None = None  # [V, B, N] bool, True where the student does not see the patch; None: it sees all
+    masked: Tensor | None = None  # [M] int64, the places of True in the flattened masks
+
+
+class ViewBatch(NamedTuple):
+    """What the networks see and what the objectives compare with, on the device.
+
+    Groups of views by name: "global" holds the anchor view v1, then the second view (v2 = g_theta(u), or u); "local"
+    the local crops, where an objective needs them; "path" g at the requested fractions of theta on the base views of
+    `path_rows`, where an objective wants the student to encode these.
+    """
+
+    groups: dict[str, Group]
+    theta: Tensor  # [B, A]
+    known: Tensor  # [B] bool
+    targets: Tensor  # [F, B, C, H, W] g at fractions of theta on u, as pixels; F = 0 where nobody needs them
+    path_rows: Tensor  # [R] int64
 
 
 class CropTokens(NamedTuple):
-    """Normalised tokens of all crops of one size."""
+    """Normalised tokens of all views of one group."""
 
     cls: Tensor  # [V, B, D]
     patches: Tensor  # [V, B, N, D]
@@ -69,21 +103,29 @@ class NetworkOutput(NamedTuple):
     An objective projects only the tokens that it needs: iBOT the masked patches, the decoders all patches.
     """
 
-    global_crops: CropTokens  # V = G
-    local_crops: CropTokens | None  # V = L; None for the teacher and where there are no local crops
+    tokens: dict[str, CropTokens]  # by group; the teacher sees the global group only
     modules: nn.ModuleDict  # "projection" and the heads
 
     def invariant(self, tokens: Tensor) -> Tensor:
-        """z_inv, [..., D] -> [..., D_inv]: all that the base losses see."""
+        """Projects tokens [..., D] to z_inv [..., D_inv], which is all that the base losses see."""
         return self.modules["projection"].invariant(tokens)
 
     def equivariant(self, tokens: Tensor) -> Tensor:
-        """z_equi, [..., D] -> [..., D_equi]: all that the decoders see."""
+        """Projects tokens [..., D] to z_equi [..., D_equi], which is all that the decoders see."""
         return self.modules["projection"].equivariant(tokens)
 
     def logits(self, head: str, tokens: Tensor) -> Tensor:
-        """Prototype logits of a head for the invariant part, [..., D] -> [..., P]."""
+        """Returns the prototype logits [..., P] of a head for the invariant part of tokens [..., D]."""
         return self.modules[head](self.invariant(tokens))
+
+
+class Scene(NamedTuple):
+    """Everything that an objective may read."""
+
+    views: ViewBatch
+    student: NetworkOutput
+    teacher: NetworkOutput | None  # None where no objective needs it
+    teacher_temp: float  # temperature of the teacher's targets at this step
 
 
 class Term(NamedTuple):
@@ -99,4 +141,4 @@ class StepOutput(NamedTuple):
     total: Tensor  # weighted sum of the losses
     losses: dict[str, Tensor]  # unweighted, by objective
     metrics: dict[str, Tensor]
-    teacher_cls: Tensor  # [G * B, D], to judge how many directions the features fill
+    cls: Tensor  # [V * B, D] class tokens of the global views, to judge how many directions the features fill

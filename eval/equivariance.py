@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2_eq.config.checks import INTERVALS, lies_in
 from dinov2_eq.data.datasets import DataError, ImageDataset, build_dataset
 from dinov2_eq.data.labelled import read_labelled
 from dinov2_eq.data.loaders import fixed_subset
@@ -47,9 +46,11 @@ from dinov2_eq.evaluation.results import publish, results_folder
 from dinov2_eq.evaluation.side_by_side import name_encoders, with_untrained
 from dinov2_eq.evaluation.transformed_pairs import Setting, draw_theta, extract_pairs, settings_of
 from dinov2_eq.files import replace_text
+from dinov2_eq.objectives.reconstruction import EquivarianceConfig
 from dinov2_eq.probes.features import MODES
 from dinov2_eq.probes.transform_regression import BATCH_SIZE, HEADS, LEARNING_RATE, scale_targets
 from dinov2_eq.report import MAX_ENCODERS, render_card
+from dinov2_eq.settings import lies_in
 
 FILE_NAME, PAGE_NAME = "results_eval_equivariance.json", "report_card.html"
 # What --card means where nothing else is said. The first head and tokens are those of `rows` and `summary`.
@@ -106,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def within(setting: str) -> Callable[[str], float]:
     """Type of a flag that takes what training takes for this setting of the task."""
-    interval = INTERVALS[f"equivariance.{setting}"]
+    interval = EquivarianceConfig.__dataclass_fields__[setting].metadata["interval"]
 
     def number(text: str) -> float:
         if not lies_in(value := float(text), interval):

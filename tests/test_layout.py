@@ -7,12 +7,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dinov2_eq"
 FLOORS = [
-    {"types", "files", "exits"},
+    {"types", "files", "exits", "settings"},
     {"waiting"},
     {"distributed"},
-    {"layers", "loss"},
+    {"layers"},
     {"equivariance", "logging", "probes"},
-    {"models", "data", "config", "fsdp", "checkpointer"},
+    {"models", "data", "fsdp", "checkpointer"},
+    {"objectives"},
+    {"config"},
     {"train", "evaluation", "report", "hub"},
     {"run"},
 ]

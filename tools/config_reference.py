@@ -1,18 +1,13 @@
-"""Writes docs/config.md, the reference of all settings, from dinov2_eq/config/schema.py."""
+"""Writes docs/config.md, the reference of all settings."""
 
 import argparse
-import ast
-import inspect
-import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from io import StringIO
 from pathlib import Path
+from typing import Any
 
-from dinov2_eq.config import schema
-from dinov2_eq.config.checks import CHOICES, INTERVALS
-from dinov2_eq.config.load import to_dict
-from dinov2_eq.config.schema import Config
+from dinov2_eq.config.schema import default_config, sections_of
+from dinov2_eq.models import BACKBONES
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 HEAD = """\
@@ -21,7 +16,7 @@ HEAD = """\
 Every key of a training config, with its default. YAML files and `key=value` on the command line change them; whatever
 is neither in these tables nor a key of [DINOv2](from_dinov2.md) is an error. A file may hold `base: NAME`, the path
 (from its folder) of another file or the name of a packaged recipe, and then changes that. Written by
-`python tools/config_reference.py` from `dinov2_eq/config/schema.py`.
+`python tools/config_reference.py` from the classes of the sections.
 """
 
 
@@ -32,44 +27,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def reference() -> str:
-    """The whole page as Markdown."""
-    comments = dict(field_comments())
+    """Returns the whole page as Markdown."""
     parts = [HEAD]
-    for section, values in to_dict(Config()).items():
-        owner = next(field.type for field in fields(Config) if field.name == section).__name__
+    for section, settings in sections_of(default_config()).items():
         parts += [f"\n## {section}\n", "\n| key | default | allowed | meaning |\n|---|---|---|---|\n"]
-        for key, value in values.items():
-            name = f"{section}.{key}"
-            meaning = comments.get((owner, key), "").replace("|", "\\|")
-            parts.append(f"| `{name}` | `{written(value)}` | {allowed(name)} | {meaning} |\n")
+        for each in fields(settings):
+            name, default = f"{section}.{each.name}", written(getattr(settings, each.name))
+            meaning = each.metadata["meaning"].replace("|", "\\|")
+            parts.append(f"| `{name}` | `{default}` | {allowed(name, each.metadata)} | {meaning} |\n")
     return "".join(parts)
 
 
-def allowed(name: str) -> str:
-    if name in CHOICES:
-        return ", ".join(f"`{written(choice)}`" for choice in CHOICES[name])
-    return f"`{INTERVALS[name]}`" if name in INTERVALS else ""
+def allowed(name: str, rule: Mapping[str, Any]) -> str:
+    if choices := tuple(BACKBONES) if name == "student.arch" else rule["choices"]:
+        return ", ".join(f"`{written(choice)}`" for choice in choices)
+    return f"`{rule['interval']}`" if rule["interval"] else ""
 
 
 def written(value: object) -> str:
     """As in YAML."""
     words = {None: "null", True: "true", False: "false", "": '""'}
     return words[value] if isinstance(value, (str, bool, type(None))) and value in words else str(value)
-
-
-def field_comments() -> Iterator[tuple[tuple[str, str], str]]:
-    """((class, field), comment) for each field of the schema; the comment stands on one of its lines."""
-    source = inspect.getsource(schema)
-    comments = {
-        token.start[0]: token.string.removeprefix("#").strip()
-        for token in tokenize.generate_tokens(StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    for node in ast.parse(source).body:
-        for line in node.body if isinstance(node, ast.ClassDef) else []:
-            if isinstance(line, ast.AnnAssign):
-                found = [comments[number] for number in range(line.lineno, line.end_lineno + 1) if number in comments]
-                yield (node.name, line.target.id), " ".join(found)
 
 
 if __name__ == "__main__":

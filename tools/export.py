@@ -97,6 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{path} carries no training config, so it is no teacher checkpoint of this project; if it is one that was "
             "stripped, pass --config-file with the YAML it was trained with"
         )
+    if not isinstance(encoder.backbone, DinoVisionTransformer):
+        raise ValueError(
+            f"{path} is a {encoder.config['student']['arch']}; only vision transformers can be exported. Load a ResNet "
+            "into torchvision's model: the tensors of teacher_checkpoint.pth have its names behind 'backbone.'"
+        )
     run = read_run(path.resolve())
     for target in targets:
         export(target, encoder, run, args.output_dir / target)

@@ -13,13 +13,7 @@ import torch
 from dinov2_eq.checkpointer import Checkpointer
 from dinov2_eq.config.load import load_config
 from dinov2_eq.data.datasets import build_dataset
-from dinov2_eq.train.build import (
-    build_arch,
-    build_make_views,
-    build_schedules,
-    build_train_loader,
-    num_reconstructed,
-)
+from dinov2_eq.train.build import build_train_loader, make_run
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     config = load_config(str(args.run / "config.yaml"))
     device = torch.device("cpu")
-    arch = build_arch(config, device)
+    run = make_run(config, device)
+    arch = run.arch
     checkpointer = Checkpointer(args.run / "checkpoints", config.train.keep_checkpoints)
     step = checkpointer.newest_whole()
     if step is None:
@@ -41,13 +36,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     weights = arch.state_dict()
     checkpointer.load(step, {"model": weights})
     arch.load_state_dict(weights)
-    scheduled = build_schedules(config).at(step - 1)
+    scheduled = run.schedules.at(step - 1)
     batches = iter(build_train_loader(config, build_dataset(config.train.dataset_path), step, 0))
-    make_views = build_make_views(config, num_reconstructed(config.equivariance))
     parameters = list(arch.student["backbone"].parameters())
     norms: dict[str, float] = dict.fromkeys(arch.objectives, 0.0)
     for _ in range(args.batches):
-        losses = arch(make_views(next(batches)), scheduled).losses
+        losses = run.forward(next(batches), scheduled).losses
         for name, loss in losses.items():
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             squares = sum(gradient.square().sum() for gradient in gradients if gradient is not None)

@@ -4,6 +4,8 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import repeat
 from statistics import median
 
 import torch
@@ -13,15 +15,9 @@ from dinov2_eq.config.schema import Config
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.data.loaders import to_device
 from dinov2_eq.distributed import pick_device
-from dinov2_eq.train.build import (
-    build_arch,
-    build_make_views,
-    build_optimizer,
-    build_schedules,
-    build_train_loader,
-    num_reconstructed,
-    uses_half_precision,
-)
+from dinov2_eq.train.build import build_train_loader, make_run
+from dinov2_eq.train.meter import StepMeter
+from dinov2_eq.train.step import train_step
 
 VARIANTS = {
     "disabled": ["equivariance.enabled=false"],
@@ -54,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 torch.cuda.synchronize(device)
             seconds[name].append(time.perf_counter() - began)
     medians = {name: median(times[2:]) for name, times in seconds.items()}
-    images = configs["task"].train.batch_size_per_gpu
+    images = configs["task"].train.batch_size_per_gpu * configs["task"].train.accumulation_steps
     result = {
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -68,25 +64,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build_step(config: Config, device: torch.device) -> Callable[[], None]:
-    """One optimizer step on one batch that is already on the device: views, forward, backward, update."""
-    arch = build_arch(config, device)
-    optimizer = build_optimizer(config, arch)
-    scheduled = build_schedules(config).at(0)
-    make_views = build_make_views(config, num_reconstructed(config.equivariance))
-    half_precision = uses_half_precision(config, device)
+    """Returns a function that does one step as training does, on one batch that is already on the device."""
+    run = make_run(config, device)
     dataset = build_dataset(config.train.dataset_path)
     batch = to_device(next(iter(build_train_loader(config, dataset, start_step=0, num_workers=0))), device)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        views = make_views(batch)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half_precision):
-            output = arch(views, scheduled)
-        output.total.backward()
-        optimizer.step()
-        arch.end_step(scheduled.teacher_momentum)
-
-    return step
+    return partial(train_step, run, 0, repeat(batch), StepMeter())
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ from dinov2_eq.config.schema import Config
 from dinov2_eq.evaluation.results import write_results
 from dinov2_eq.fsdp import STRATEGIES
 from dinov2_eq.models import ARCHS, build_backbone
-from dinov2_eq.train.build import build_arch, num_reconstructed, patch_grid
-from dinov2_eq.train.estimate import count_parameters, estimate_memory, kept_per_token, tokens_per_image
+from dinov2_eq.models.vision_transformer import kept_per_token
+from dinov2_eq.train.build import build_arch
+from dinov2_eq.train.estimate import count_parameters, estimate_memory
+from dinov2_eq.types import GLOBAL, LOCAL, Group
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 MODELS = {
@@ -110,21 +112,20 @@ def count(name: str) -> dict[str, Any]:
     config = config_of(name)
     crops, images = config.crops, COUNTED_IMAGES
     arch = build_arch(config, torch.device("meta"))
-    rows, columns = patch_grid(config)
+    patches = (crops.global_crops_size // config.student.patch_size) ** 2
     with torch.device("meta"):
         global_crops = torch.empty(2, images, 3, crops.global_crops_size, crops.global_crops_size)
         local_crops = torch.empty(crops.local_crops_number, images, 3, crops.local_crops_size, crops.local_crops_size)
-        masks = torch.zeros(2, images, rows * columns, dtype=torch.bool)
-        forward, student = flops(lambda: arch.student(global_crops, masks, local_crops))
-        everything = [student.global_crops.cls, student.global_crops.patches, student.local_crops.cls]
-        backward, _ = flops(lambda: sum(tokens.sum() for tokens in everything).backward())
+        masks = torch.zeros(2, images, patches, dtype=torch.bool)
+        groups = {GLOBAL: Group(global_crops, masks), LOCAL: Group(local_crops)}
+        forward, student = flops(lambda: arch.student(groups))
+        tokens = student.tokens[GLOBAL]
+        everything = [*tokens, student.tokens[LOCAL].cls]
+        backward, _ = flops(lambda: sum(part.sum() for part in everything).backward())
         with torch.no_grad():
-            teacher, targets = flops(lambda: arch.teacher(global_crops))
-        masked = round(
-            2 * images * config.ibot.mask_sample_probability * sum(config.ibot.mask_ratio_min_max) / 2 * rows * columns
-        )
-        width = student.global_crops.cls.shape[-1]
-        heads = 0.0
+            teacher, targets = flops(lambda: arch.teacher({GLOBAL: Group(global_crops)}))
+        share = config.ibot.mask_sample_probability * sum(config.ibot.mask_ratio_min_max) / 2
+        masked, width, heads = round(2 * images * share * patches), tokens.cls.shape[-1], 0.0
         for number, taught in (((2 + crops.local_crops_number) * images, 2 * images), (masked, masked)):
             heads += forward_and_backward(
                 lambda number=number: student.logits("dino_head", torch.empty(number, width, requires_grad=True))
@@ -132,9 +133,9 @@ def count(name: str) -> dict[str, Any]:
             with torch.no_grad():
                 heads += flops(lambda taught=taught: targets.logits("dino_head", torch.empty(taught, width)))[0]
         decoders = 0.0
-        if num_reconstructed(config.equivariance):
-            leaf = student.global_crops.patches.detach().requires_grad_()
-            detached = student._replace(global_crops=student.global_crops._replace(patches=leaf))
+        if "reconstruction" in arch.objectives:
+            leaf = tokens._replace(patches=tokens.patches.detach().requires_grad_())
+            detached = student._replace(tokens={GLOBAL: leaf})
             decoders = forward_and_backward(
                 lambda: arch.objectives["reconstruction"].reconstruct(detached, global_crops.shape[-2:])
             )
@@ -146,13 +147,14 @@ def count(name: str) -> dict[str, Any]:
         "decoders": decoders,
     }
     per_image = {part: number / images for part, number in parts.items()}
+    sides, student = [crops.global_crops_size] * 2 + [crops.local_crops_size] * crops.local_crops_number, config.student
     return {
         "name": name,
         "config": {"config_file": MODELS[name][0], "overrides": MODELS[name][1]},
         "parameters": count_parameters(arch.trainable_modules()),
         "teacher_parameters": sum(parameter.numel() for parameter in arch.teacher.parameters()),
         "units": arch.student["backbone"].n_blocks + len(arch.trainable_modules()),  # gathered one after the other
-        "tokens_per_image": tokens_per_image(config),
+        "tokens_per_image": sum((side // student.patch_size) ** 2 + 1 + student.num_register_tokens for side in sides),
         "flops_per_image": per_image | {"total": sum(per_image.values())},
     }
 

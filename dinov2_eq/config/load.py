@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dinov2_eq.config.checks import check
 from dinov2_eq.config.dinov2 import EPOCH_LENGTH, EPOCH_STEPS, KEYS, Source, translate
-from dinov2_eq.config.schema import Config
+from dinov2_eq.config.schema import Config, default_config
 from dinov2_eq.config.yaml_files import dump_yaml, parse_override, read_yaml
 
 COMMAND_LINE = "command line"
@@ -55,7 +55,7 @@ def load_config(
     typed: dict[Keys, Any] = {}
     for override in overrides:
         typed |= _leaves(parse_override(override))
-    defaults = OmegaConf.structured(Config)
+    defaults = OmegaConf.structured(default_config())
     sources, reading, remarks = translate(_checked([*found, (COMMAND_LINE, typed)], defaults))
     config = _merge(defaults, sources)
     try:

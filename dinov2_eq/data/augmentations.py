@@ -8,72 +8,57 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from dinov2_eq.data.crops import crop_resized, draw_crop_box
 from dinov2_eq.data.photometric import apply_photometric
-from dinov2_eq.equivariance.transforms import Transform
-from dinov2_eq.types import CollatedBatch, PhotometricParams, Sample, ViewBatch
+from dinov2_eq.equivariance.pairing import Pairing
+from dinov2_eq.settings import CropsConfig
+from dinov2_eq.types import (
+    GLOBAL,
+    LOCAL,
+    PATH,
+    CollatedBatch,
+    Group,
+    PathViews,
+    PhotometricParams,
+    Sample,
+    ViewBatch,
+)
 
 BLUR_SIGMA_MIN_MAX = (0.1, 2.0)
-BORDERS = ("zeros", "canvas")
 
 
 class MultiCrop:
     """Two global crops, the second on a canvas, and the local crops of one image (DINOv2's multi-crop).
 
-    Every random number comes from the generator, in an order in which `transform` and `border` come last: crops and
-    augmentation are the same whatever the transform, and without one.
+    Every random number comes from the generator. The pairing draws last, so crops and augmentations do not depend on
+    it.
 
     Args:
-        jitter: largest change of brightness, contrast, saturation (as a share) and hue (in turns).
-        blur_prob: of global crop 1, global crop 2 and the local crops.
-        solarize_prob: of global crop 2.
-        transform: g, which will be applied to the base view; None: there is none.
-        border: "canvas": the base view comes with those pixels around it that the transform can bring in, mirrored
-            beyond the image; "zeros": without.
-
-    Raises:
-        ValueError: unknown `border`.
+        crops: sizes, scales and augmentation.
+        pairing: says how large the canvas is, and draws what links the second view to the first.
+        num_local: local crops of each image.
     """
 
-    def __init__(
-        self,
-        *,
-        global_crops_size: int,
-        global_crops_scale: Sequence[float],
-        local_crops_size: int,
-        local_crops_scale: Sequence[float],
-        local_crops_number: int,
-        horizontal_flip: float,
-        jitter_prob: float,
-        jitter: Sequence[float],
-        grey_prob: float,
-        blur_prob: Sequence[float],
-        solarize_prob: float,
-        transform: Transform | None,
-        border: str,
-    ) -> None:
-        if border not in BORDERS:
-            raise ValueError(f"equivariance.border={border!r} is unknown; known are {', '.join(BORDERS)}.")
-        self.horizontal_flip = horizontal_flip
-        self.jitter_prob = jitter_prob
-        self.jitter = torch.tensor(list(jitter))
-        self.grey_prob = grey_prob
-        self.transform = transform
+    def __init__(self, crops: CropsConfig, pairing: Pairing, num_local: int) -> None:
+        self.horizontal_flip = crops.horizontal_flip
+        self.jitter_prob = crops.jitter_prob
+        self.jitter = torch.tensor(list(crops.jitter))
+        self.grey_prob = crops.grey_prob
+        self.pairing = pairing
 
         # One entry for each view: anchor, base, local crops.
-        num_views = 2 + local_crops_number
-        self.scales = [global_crops_scale] * 2 + [local_crops_scale] * local_crops_number
-        self.local_size = (local_crops_size, local_crops_size)
-        self.sizes = [(global_crops_size, global_crops_size)] * 2 + [self.local_size] * local_crops_number
-        self.blur_prob = torch.tensor([blur_prob[min(view, 2)] for view in range(num_views)])
+        num_views = 2 + num_local
+        self.scales = [crops.global_crops_scale] * 2 + [crops.local_crops_scale] * num_local
+        self.local_size = (crops.local_crops_size, crops.local_crops_size)
+        self.sizes = [(crops.global_crops_size, crops.global_crops_size)] * 2 + [self.local_size] * num_local
+        self.blur_prob = torch.tensor([crops.blur_prob[min(view, 2)] for view in range(num_views)])
         self.solarize_prob = torch.zeros(num_views)
-        self.solarize_prob[1] = solarize_prob
-        self.canvas_size = self.sizes[1]
-        if transform is not None and border == "canvas":
-            self.canvas_size = transform.canvas_size(self.sizes[1])
+        self.solarize_prob[1] = crops.solarize_prob
+        self.canvas_size = pairing.canvas_size(self.sizes[1])
 
     def __call__(
         self, image: Image.Image, generator: torch.Generator, *, position: int = 0, skipped: tuple[str, ...] = ()
@@ -83,7 +68,7 @@ class MultiCrop:
         boxes = [draw_crop_box(image.size, scale, generator) for scale in self.scales]
         flips = (torch.rand(num_views, generator=generator) < self.horizontal_flip).tolist()
         photometric = self._draw_photometric(generator)
-        theta = torch.zeros(0) if self.transform is None else self.transform.sample(1, generator)[0]
+        drawn = self.pairing.draw(generator)
 
         sizes = list(self.sizes)
         factors = [canvas / side for canvas, side in zip(self.canvas_size, sizes[1], strict=True)]
@@ -96,7 +81,7 @@ class MultiCrop:
         anchor_crop, base_canvas, *local_crops = crops
         no_crops = torch.zeros(0, 3, *self.local_size, dtype=torch.uint8)
         stacked = torch.stack(local_crops) if local_crops else no_crops
-        return Sample(position, anchor_crop, base_canvas, stacked, photometric, theta, skipped)
+        return Sample(position, anchor_crop, base_canvas, stacked, photometric, drawn, skipped)
 
     def _draw_photometric(self, generator: torch.Generator) -> PhotometricParams:
         """Parameters [V] of all views. The same count of numbers is drawn whatever the probabilities are."""
@@ -124,50 +109,44 @@ class MultiCrop:
 def make_views(
     batch: CollatedBatch,
     *,
-    transform: Transform | None,
-    num_intermediates: int,
-    size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
+    crops: CropsConfig,
+    pairing: Pairing,
+    targets: Sequence[float] = (),
+    path: PathViews | None = None,
 ) -> ViewBatch:
     """Augments, transforms and normalises a batch on the device that it lies on (`loaders.to_device`).
 
-    With a transform g and the base view u, the second global crop is v2 = g_theta(u), and intermediate target k is
-    g at k / (K + 1) of theta on u, k = 1 .. K; each is one resampling of u (arXiv 2503.18753, section 3).
-
     Args:
-        transform: g; None: the second global crop is u itself.
-        num_intermediates: K; 0: no targets.
-        size: (H, W) of the global crops.
-        mean, std: of the pixels in [0, 1], for each channel.
+        crops: sizes and pixel statistics.
+        pairing: makes the second global view, the targets and the path from the base view u.
+        targets: fractions of theta at which objectives compare pixels.
+        path: views to encode for one objective alone.
 
     Returns:
-        Float32 views; `intermediate_targets` is [0, B, C, H, W] where there are none.
+        Float32 views.
     """
-    num_local, batch_size = batch.local_crops.shape[:2]
+    size, num_local = (crops.global_crops_size,) * 2, len(batch.local_crops)
     anchor_params, base_params, local_params = _split_views(batch.photometric)
     anchor = apply_photometric(_to_float(batch.anchor_crops), anchor_params)
     base = apply_photometric(_to_float(batch.base_canvases), base_params)  # [B, C, Hc, Wc]
-    local_crops = apply_photometric(_to_float(batch.local_crops.flatten(0, 1)), local_params)
+    second = pairing.path(base, batch.theta, [*targets, pairing.second], size)  # [F + 1, B, C, H, W]
 
-    if transform is None:
-        path = base[None]
-    else:
-        num_images = num_intermediates + 1
-        thetas = [transform.scaled(batch.theta, step / num_images) for step in range(1, num_images)] + [batch.theta]
-        canvases = base.expand(num_images, *base.shape).flatten(0, 1)  # [(K + 1) B, C, Hc, Wc]
-        path = transform.apply(canvases, torch.cat(thetas), size).unflatten(0, (num_images, batch_size))
-
-    pixel_mean = torch.tensor(list(mean), device=base.device)[:, None, None]
-    pixel_std = torch.tensor(list(std), device=base.device)[:, None, None]
-    path = (path - pixel_mean) / pixel_std  # [K + 1, B, C, H, W]: the targets, then v2
-    anchor = (anchor - pixel_mean) / pixel_std
-    return ViewBatch(
-        global_crops=torch.stack([anchor, path[-1]]),
-        local_crops=((local_crops - pixel_mean) / pixel_std).unflatten(0, (num_local, batch_size)),
-        masks=batch.masks,
-        intermediate_targets=path[:-1],
-    )
+    mean = torch.tensor(list(crops.mean), device=base.device)[:, None, None]
+    std = torch.tensor(list(crops.std), device=base.device)[:, None, None]
+    second = (second - mean) / std
+    masks = batch.masks if batch.masks.shape[-1] else None
+    groups = {GLOBAL: Group(torch.stack([(anchor - mean) / std, second[-1]]), masks, batch.masked_patches)}
+    if num_local:
+        local_crops = apply_photometric(_to_float(batch.local_crops.flatten(0, 1)), local_params)
+        groups[LOCAL] = Group(((local_crops - mean) / std).unflatten(0, (num_local, -1)))
+    if path is not None:
+        rows = batch.path_rows
+        views = pairing.path(base[rows], batch.theta[rows], path.fractions, size)  # [F, R, C, H, W]
+        if path.local_size:
+            small = F.interpolate(views.flatten(0, 1), (crops.local_crops_size,) * 2, mode="bilinear", antialias=True)
+            views = small.unflatten(0, views.shape[:2])
+        groups[PATH] = Group((views - mean) / std)
+    return ViewBatch(groups, batch.theta, batch.known, second[:-1], batch.path_rows)
 
 
 def _to_float(images: Tensor) -> Tensor:

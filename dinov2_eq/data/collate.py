@@ -11,32 +11,48 @@ from dinov2_eq.types import CollatedBatch, PhotometricParams, Sample
 
 
 class Collate:
-    """Stacks samples along the batch axis, behind the crop axis, and draws the masks of their global crops.
+    """Stacks samples along the batch axis, behind the view axis, and draws the masks of their global crops.
 
     A sample's masks depend on (seed, position) and the global batch size: in its step, sample s of S has slot s for the
     anchor view and slot S + s for the other global crop.
+
+    Args:
+        masking: None: no masks.
+        path_share: share of the images whose path is encoded, spread evenly over the positions.
     """
 
-    def __init__(self, masking: BlockMasking, seed: int, global_batch_size: int) -> None:
+    def __init__(
+        self, masking: BlockMasking | None, seed: int, global_batch_size: int, path_share: float = 0.0
+    ) -> None:
         self.masking = masking
         self.seed = seed
         self.global_batch_size = global_batch_size
+        self.path_share = path_share
 
     def __call__(self, samples: Sequence[Sample]) -> CollatedBatch:
         photometric = zip(*(sample.photometric for sample in samples), strict=True)
+        positions = [sample.position for sample in samples]
+        masks = self._draw_masks(positions)
         return CollatedBatch(
-            step_position=samples[0].position,
             anchor_crops=torch.stack([sample.anchor_crop for sample in samples]),
             base_canvases=torch.stack([sample.base_canvas for sample in samples]),
             local_crops=torch.stack([sample.local_crops for sample in samples], dim=1),
             photometric=PhotometricParams(*(torch.stack(values, dim=1) for values in photometric)),
-            theta=torch.stack([sample.theta for sample in samples]),
-            masks=self._draw_masks([sample.position for sample in samples]),
+            theta=torch.stack([sample.drawn.theta for sample in samples]),
+            known=torch.tensor([sample.drawn.known for sample in samples]),
+            path_rows=torch.tensor([row for row, position in enumerate(positions) if self._has_path(position)]).long(),
+            masks=masks,
+            masked_patches=masks.flatten().nonzero().flatten(),
             skipped=tuple(image for sample in samples for image in sample.skipped),
         )
 
+    def _has_path(self, position: int) -> bool:
+        return int((position + 1) * self.path_share) > int(position * self.path_share)
+
     def _draw_masks(self, positions: Sequence[int]) -> Tensor:
-        """[2, B, N] bool"""
+        """Draws masks [2, B, N] bool; N = 0 without masking."""
+        if self.masking is None:
+            return torch.zeros(2, len(positions), 0, dtype=torch.bool)
         masks = []
         for step, group in groupby(positions, key=lambda position: position // self.global_batch_size):
             slots = [position % self.global_batch_size for position in group]

@@ -41,7 +41,7 @@ class TrainingSamples(Dataset[Sample]):
 def make_train_loader(
     dataset: ImageDataset,
     multi_crop: MultiCrop,
-    masking: BlockMasking,
+    masking: BlockMasking | None,
     *,
     seed: int,
     batch_size: int,
@@ -50,6 +50,7 @@ def make_train_loader(
     world_size: int,
     start_position: int = 0,
     num_workers: int = 0,
+    path_share: float = 0.0,
 ) -> DataLoader[CollatedBatch]:
     """An endless loader of `CollatedBatch` for one process.
 
@@ -61,6 +62,7 @@ def make_train_loader(
         batch_size: images of one process in one microbatch.
         global_batch_size: images of one optimizer step, over all processes and microbatches.
         start_position: number of samples that all processes together have seen already.
+        path_share: see `Collate`.
 
     Raises:
         DataError: the dataset is empty.
@@ -76,7 +78,7 @@ def make_train_loader(
         TrainingSamples(dataset, multi_crop, seed),
         batch_size=batch_size,
         sampler=sampler,
-        collate_fn=Collate(masking, seed, global_batch_size),
+        collate_fn=Collate(masking, seed, global_batch_size, path_share),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
     )

@@ -48,6 +48,12 @@ class BlockMasking:
         return torch.from_numpy(masks).flatten(1)
 
 
+def ever_masks(grid: tuple[int, int], ratio_min_max: Sequence[float], num_masks: int, seed: int) -> bool:
+    """Returns whether any of `num_masks` trial masks hides a patch."""
+    masking = BlockMasking(grid, ratio_min_max, sample_probability=1.0)
+    return bool(masking(num_masks, range(num_masks), seed, step=0).any())
+
+
 def draw_blocks(mask: np.ndarray, target: int, generator: np.random.Generator) -> None:
     """Adds rectangles to `mask` [h, w] until `target` patches are masked.
 

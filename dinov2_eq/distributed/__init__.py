@@ -78,6 +78,42 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat(gathered)
 
 
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        ctx.num_rows = len(rows)
+        return gather_rows(rows)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        first = get_rank() * ctx.num_rows
+        return all_reduce_sum(gradient.contiguous().clone())[first : first + ctx.num_rows]
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        return all_reduce_sum(tensor.clone())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient.contiguous().clone())
+
+
+def gather_rows_with_gradient(rows: Tensor) -> Tensor:
+    """Gathers [n, ...] of every process, the same n on each, to [W * n, ...], ordered by rank.
+
+    The gradient of a row is the sum of what all processes' losses say of it: with gradients averaged over processes,
+    that is the gradient of the mean of their losses.
+    """
+    return _GatherRows.apply(rows) if is_distributed() else rows
+
+
+def sum_with_gradient(tensor: Tensor) -> Tensor:
+    """Sums over all processes; the gradient is summed likewise."""
+    return _Sum.apply(tensor) if is_distributed() else tensor
+
+
 def gather_objects(value: Any) -> list[Any]:
     """The (picklable) values of all processes, ordered by rank."""
     gathered: list[Any] = [value] * get_world_size()

@@ -81,6 +81,10 @@ class CrossAttentionDecoder(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pixels = nn.Linear(dim, 3 * self.patch_size**2)
 
+    def stages(self) -> nn.ModuleList:
+        """Returns the parts to shard and to compile, as a backbone does."""
+        return self.blocks
+
     def init_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -4,15 +4,15 @@ from torch import nn
 
 
 class TokenSplit(nn.Module):
-    """Projects tokens linearly to `patch_dim` channels, of which the last `equivariant_dim` are the equivariant part.
+    """Projects tokens linearly to d_patch channels, of which the last `equivariant_dim` are the equivariant part.
 
     The two parts are two linear maps, so that each reader computes its own only: the base losses `invariant`, the
     decoders `equivariant`. Together they are one projection cut in two.
     """
 
-    def __init__(self, dim: int, patch_dim: int, equivariant_dim: int) -> None:
+    def __init__(self, dim: int, invariant_dim: int, equivariant_dim: int) -> None:
         super().__init__()
-        self.invariant = nn.Linear(dim, patch_dim - equivariant_dim)
+        self.invariant = nn.Linear(dim, invariant_dim)
         self.equivariant = nn.Linear(dim, equivariant_dim)
 
     def init_weights(self) -> None:
@@ -29,4 +29,4 @@ class NoSplit(nn.Module):
         self.invariant = nn.Identity()
 
     def init_weights(self) -> None:
-        """There is nothing to set."""
+        """Does nothing: there are no weights."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_eq.config.load import load_config, to_dict
-from dinov2_eq.config.schema import StudentConfig
 from dinov2_eq.models import DinoVisionTransformer, build_backbone
 from dinov2_eq.models.convert import adapt, backbone_arguments, describe_misfit, infer_architecture, to_dinov2
 from dinov2_eq.models.foreign_backbones import (
@@ -25,6 +24,7 @@ from dinov2_eq.models.foreign_backbones import (
     require_tokens,
 )
 from dinov2_eq.models.weight_files import instead_of_folder, read_checkpoint
+from dinov2_eq.settings import StudentConfig
 
 ADAPTABLE = {"pos_embed", "mask_token"}  # resized as the backbone would do it; not used in evaluations
 CHECKPOINTS = "eval/training_*/teacher_checkpoint.pth"

@@ -25,7 +25,6 @@ from dinov2_eq.distributed import (
     is_distributed,
     is_main_process,
 )
-from dinov2_eq.layers.block import Block
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +67,9 @@ def parallelize(modules: Iterable[nn.Module], policy: Policy, device: torch.devi
     """Spreads modules, still on the meta device, over the processes, each with its blocks as units of their own.
 
     Args:
-        modules: whatever holds parameters. A container that is never called itself, such as a `ModuleDict`, is taken
-            apart into what is called. Frozen modules are resharded after each forward, as no backward would do it.
+        modules: whatever holds parameters; a module with a method `stages` names its blocks. A container that is never
+            called itself, such as a `ModuleDict`, is taken apart into what is called. Frozen modules are resharded
+            after each forward, as no backward would do it.
 
     Raises:
         ValueError: strategy none with several processes, or hybrid with nodes of different sizes.
@@ -81,7 +81,7 @@ def parallelize(modules: Iterable[nn.Module], policy: Policy, device: torch.devi
     if obstacle:
         logger.warning("fsdp.compile=true cannot be used here, blocks run eagerly: %s", obstacle)
     for module in (called for given in modules for called in _called(given)):
-        blocks = [part for part in module.modules() if isinstance(part, Block)]
+        blocks = list(module.stages()) if hasattr(module, "stages") else []
         for block in blocks:
             if policy.activation_checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -151,6 +151,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     """Clips the gradients together to the norm `max_norm` over all shards; returns the norm before that, a scalar."""
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=parameters[0].device)
     norm = nn.utils.get_total_norm(gradients, foreach=True)  # not by itself where parameters are sharded
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()

@@ -164,7 +164,8 @@ def _inferred(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], None]:
     arch = next((name for name, known in ARCHS.items() if known.embed_dim == found["embed_dim"]), None)
     if arch is None:
         raise ValueError(f"Tokens of {found['embed_dim']} channels are of no architecture here: {', '.join(ARCHS)}")
-    return backbone_arguments({**found, "arch": arch, "layerscale": found["init_values"] or 0.0}), None
+    settings = backbone_arguments({**found, "arch": arch, "layerscale": found["init_values"] or 0.0})
+    return settings | {"img_size": found["img_size"]}, None
 
 
 def _with_projection(backbone: DinoVisionTransformer, checkpoint: Checkpoint, path: Path) -> BackboneWithProjection:
@@ -176,7 +177,7 @@ def _with_projection(backbone: DinoVisionTransformer, checkpoint: Checkpoint, pa
             f"leave projection=True out. {_listed(_with_a_projection())}"
         )
     sizes = {name: len(state[f"{name}.bias"]) for name in ("invariant", "equivariant")}
-    projection = TokenSplit(backbone.embed_dim, sum(sizes.values()), sizes["equivariant"])
+    projection = TokenSplit(backbone.embed_dim, sizes["invariant"], sizes["equivariant"])
     _fill(projection, state, "projection", path)
     return BackboneWithProjection(backbone, projection)
 

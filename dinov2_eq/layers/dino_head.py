@@ -10,11 +10,14 @@ class WeightNormLinear(nn.Module):
 
     torch's own weight normalisation stores the two parts as `parametrizations.weight.original0/1`; DINOv2's checkpoints
     name them `weight_g` and `weight_v`.
+
+    Args:
+        fixed_gain: g stays 1.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, fixed_gain: bool = False) -> None:
         super().__init__()
-        self.weight_g = nn.Parameter(torch.empty(out_features, 1))
+        self.weight_g = nn.Parameter(torch.empty(out_features, 1), requires_grad=not fixed_gain)
         self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
         self.reset_parameters()
 
@@ -37,10 +40,17 @@ class DINOHead(nn.Module):
         nlayers: linear layers before the normalisation, with GELU between them.
         hidden_dim: width between these layers.
         bottleneck_dim: channels that are normalised and compared with the prototypes.
+        norm_last_layer: keep every prototype at norm 1.
     """
 
     def __init__(
-        self, in_dim: int, out_dim: int, nlayers: int = 3, hidden_dim: int = 2048, bottleneck_dim: int = 256
+        self,
+        in_dim: int,
+        out_dim: int,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        norm_last_layer: bool = False,
     ) -> None:
         super().__init__()
         if nlayers < 1:
@@ -51,7 +61,7 @@ class DINOHead(nn.Module):
             layers += [nn.Linear(width, next_width), nn.GELU()]
         layers.pop()  # no activation before the normalisation
         self.mlp = layers[0] if nlayers == 1 else nn.Sequential(*layers)  # names as in DINOv2: "mlp" for a single layer
-        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim, fixed_gain=norm_last_layer)
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -4,7 +4,6 @@ Known are DINOv2 (chunked blocks too), DINO, iBOT, timm, Hugging Face (Dinov2, D
 after version 5) and what this project writes, bare or inside a checkpoint.
 """
 
-import inspect
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -14,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_eq.models import ARCHS, DinoVisionTransformer, build_backbone
+from dinov2_eq.models import ARCHS, DinoVisionTransformer
 from dinov2_eq.models.resize import resize_channels, resize_patch_kernel, resize_positions
+from dinov2_eq.settings import StudentConfig
 
+NOT_ARCHITECTURE = {"pretrained_weights", "drop_path_rate", "drop_path_uniform", "attention"}
 HEADS = {arch.embed_dim: arch.num_heads for arch in ARCHS.values()}  # also of nearly every published model so wide
 DEFAULT_MLP_RATIO = 4.0
 NUM_SHOWN = 3  # names in a message
@@ -187,11 +188,11 @@ def _split_positions(weights: dict[str, Tensor]) -> None:
 
 
 def backbone_arguments(student: Mapping[str, Any]) -> dict[str, Any]:
-    """What `build_backbone` needs of a training config's section "student"; `img_size` comes from "crops".
+    """Returns what `build_backbone` needs of a training config's section "student"; `img_size` comes from "crops".
 
     Drop path and the attention kernel concern training and the machine it ran on: they are left at their defaults.
     """
-    wanted = inspect.signature(build_backbone).parameters.keys() - {"drop_path_rate", "drop_path_uniform", "attention"}
+    wanted = StudentConfig.__dataclass_fields__.keys() - NOT_ARCHITECTURE
     return {name: value for name, value in student.items() if name in wanted}
 
 

@@ -3,18 +3,46 @@
 Constructor arguments, state-dict names and output names are DINOv2's, so weights travel both ways (unchunked names).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dinov2_eq.layers.batch_norm import SyncBatchNorm
 from dinov2_eq.layers.block import Block
 from dinov2_eq.layers.layer_scale import LayerScale
-from dinov2_eq.layers.patch_embed import PatchEmbed
+from dinov2_eq.layers.patch_embed import PATCH_EMBEDS
+from dinov2_eq.layers.swiglu_ffn import SwiGLUFFN
+from dinov2_eq.models.backbone import FLOAT_BYTES, Backbone, BackboneKind, Kept
 from dinov2_eq.models.resize import resize_positions
+from dinov2_eq.settings import StudentConfig
+
+INPUT_NAMES = ("patch_embed.", "pos_embed", "cls_token", "mask_token", "register_tokens")
+# What a block keeps of a token beside its feed-forward layer, in units of the embedding size: both norms' inputs and
+# outputs, q, k, v, what attention gives (in each group of crops, and in all), and the inputs of both LayerScales.
+KEPT_BESIDE_FFN = 11
 
 
-class DinoVisionTransformer(nn.Module):
+class Arch(NamedTuple):
+    embed_dim: int
+    depth: int
+    num_heads: int
+    ffn_layer: str = "mlp"
+
+
+ARCHS = {
+    "vit_tiny": Arch(192, 12, 3),
+    "vit_small": Arch(384, 12, 6),
+    "vit_base": Arch(768, 12, 12),
+    "vit_large": Arch(1024, 24, 16),
+    "vit_giant2": Arch(1536, 40, 24, "swiglu"),
+}
+
+
+class DinoVisionTransformer(Backbone):
     """Patches to tokens; images of any size made of whole patches, and crops of several sizes in one forward.
 
     Args:
@@ -30,6 +58,7 @@ class DinoVisionTransformer(nn.Module):
         interpolate_offset: in [0, 1); added to the target side when the table is resized. Weights trained without
             registers were published with 0.1, those with registers with 0.
         attention: "auto", "sdpa" or "xformers", see `layers.attention.choose_backend`.
+        patch_embed: "linear" (DINOv2) or "conv", see `layers.patch_embed`.
 
     Raises:
         ValueError: a value outside the ranges above, or an `img_size` that is not made of whole patches.
@@ -55,6 +84,7 @@ class DinoVisionTransformer(nn.Module):
         interpolate_antialias: bool = False,
         interpolate_offset: float = 0.1,
         attention: str = "auto",
+        patch_embed: str = "linear",
     ) -> None:
         super().__init__()
         if not 0 <= drop_path_rate < 1:
@@ -63,14 +93,14 @@ class DinoVisionTransformer(nn.Module):
             raise ValueError(f"interpolate_offset must be in [0, 1), got {interpolate_offset}")
         self.embed_dim = self.num_features = embed_dim
         self.num_tokens = 1  # the class token
-        self.n_blocks = depth
+        self.n_blocks = self.num_layers = depth
         self.num_heads = num_heads
         self.patch_size = patch_size
         self.num_register_tokens = num_register_tokens
         self.interpolate_antialias = interpolate_antialias
         self.interpolate_offset = interpolate_offset
 
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.patch_embed = PATCH_EMBEDS[patch_embed](img_size, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, self.num_tokens + self.patch_embed.num_patches, embed_dim))
         self.register_tokens = (
@@ -110,7 +140,7 @@ class DinoVisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.Conv2d, nn.LayerNorm, LayerScale)):
+            elif isinstance(module, (nn.Conv2d, nn.LayerNorm, LayerScale, SyncBatchNorm)):
                 module.reset_parameters()
 
     def interpolate_pos_encoding(self, grid: tuple[int, int]) -> Tensor:
@@ -236,3 +266,79 @@ class DinoVisionTransformer(nn.Module):
         if isinstance(features, dict):
             return self.head(features["x_norm_clstoken"])
         return [self.head(crop["x_norm_clstoken"]) for crop in features]
+
+    def stages(self) -> Sequence[nn.Module]:
+        return self.blocks
+
+    def layer_of(self, name: str) -> int:
+        if name.startswith(INPUT_NAMES):
+            return 0
+        return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else self.num_layers + 1
+
+    def is_patch_embed(self, name: str) -> bool:
+        return name.startswith("patch_embed.")
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        from dinov2_eq.models.convert import adapt
+
+        return adapt(weights, self)
+
+    def kept_of_image(self, size: int, compute_bytes: int) -> list[Kept]:
+        rows, columns = self.patch_embed.grid(size, size)
+        tokens = 1 + self.num_register_tokens + rows * columns
+        per_token = [kept_per_token(block, compute_bytes) for block in self.blocks]
+        return [Kept(tokens * kept, tokens * FLOAT_BYTES * self.embed_dim) for kept in per_token]
+
+
+def kept_per_token(block: Block, compute_bytes: int) -> float:
+    """Returns the bytes that autograd keeps for one token in one block, which sees it only where it does not drop it.
+
+    Counted from the operations, within 2 % of what a CPU keeps.
+    """
+    dim, ffn = block.norm1.normalized_shape[0], block.mlp
+    # SwiGLU keeps gate and value, the gate after its activation, and the product; an MLP what is before and after GELU.
+    ffn_width = 4 * ffn.w3.in_features if isinstance(ffn, SwiGLUFFN) else 2 * ffn.fc2.in_features
+    values, inputs = KEPT_BESIDE_FFN * dim + ffn_width, 2 * dim  # the inputs of the norms stay in float32
+    if block.drop_path_rate > 0:  # the outputs of both branches, before they are scaled up
+        values, inputs = values + 2 * dim, inputs + 2 * dim
+    return (1 - block.drop_path_rate) * (compute_bytes * values + (FLOAT_BYTES - compute_bytes) * inputs)
+
+
+def vit(arch: Arch) -> BackboneKind:
+    """Returns the transformer of a given shape; the settings of a run may change each part of it."""
+    return BackboneKind(
+        partial(_build, arch),
+        patch_size=attrgetter("patch_size"),
+        masks_patches=True,
+        whole_patches=True,
+        weights_of=_weights_of,
+    )
+
+
+def _weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    from dinov2_eq.models.convert import to_dinov2
+
+    return to_dinov2(checkpoint)
+
+
+def _build(arch: Arch, settings: StudentConfig, img_size: int) -> DinoVisionTransformer:
+    return DinoVisionTransformer(
+        img_size=img_size,
+        patch_size=settings.patch_size,
+        embed_dim=settings.embed_dim or arch.embed_dim,
+        depth=settings.depth or arch.depth,
+        num_heads=settings.num_heads or arch.num_heads,
+        mlp_ratio=settings.mlp_ratio,
+        qkv_bias=settings.qkv_bias,
+        ffn_bias=settings.ffn_bias,
+        proj_bias=settings.proj_bias,
+        drop_path_rate=settings.drop_path_rate,
+        drop_path_uniform=settings.drop_path_uniform,
+        init_values=settings.layerscale,
+        ffn_layer=settings.ffn_layer or arch.ffn_layer,
+        num_register_tokens=settings.num_register_tokens,
+        interpolate_antialias=settings.interpolate_antialias,
+        interpolate_offset=settings.interpolate_offset,
+        attention=settings.attention,
+        patch_embed=settings.patch_embed,
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dinov2_eq.config.schema import Config
+from dinov2_eq.config.schema import default_config
 from dinov2_eq.config.yaml_files import read_yaml
 from dinov2_eq.files import as_written, check_types, read_bytes, read_json
 
@@ -163,7 +163,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         )
     for section, keys in SETTINGS.items():
         for key in keys:
-            value, usual = config[section].get(key), getattr(getattr(Config(), section), key)
+            value, usual = config[section].get(key), getattr(getattr(default_config(), section), key)
             if not isinstance(value, (int, float) if isinstance(usual, float) else type(usual)):
                 raise ValueError(
                     f"{path}: {section}.{key}={value!r} is no {type(usual).__name__}, as training writes it."

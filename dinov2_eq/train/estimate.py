@@ -6,27 +6,24 @@ the same on a CPU.
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
+from dinov2_eq.config.checks import objective_context
 from dinov2_eq.config.schema import Config
-from dinov2_eq.equivariance.decoders import DECODERS
 from dinov2_eq.fsdp import STRATEGIES
-from dinov2_eq.layers.block import Block
-from dinov2_eq.layers.dino_head import DINOHead
-from dinov2_eq.layers.swiglu_ffn import SwiGLUFFN
-from dinov2_eq.train.build import global_batch_size, num_reconstructed, patch_grid
+from dinov2_eq.models import BACKBONES
+from dinov2_eq.models.backbone import FLOAT_BYTES
+from dinov2_eq.models.vision_transformer import kept_per_token
+from dinov2_eq.train.build import global_batch_size
 from dinov2_eq.train.schedules import scaled_lr
 from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
 
 GIB = 1024**3
-FLOAT_BYTES, HALF_BYTES = 4, 2
-# What a block keeps of a token beside its feed-forward layer, in units of the embedding size: both norms' inputs and
-# outputs, q, k, v, what attention gives (in each group of crops, and in all), and the inputs of both LayerScales.
-KEPT_BESIDE_FFN = 11
+HALF_BYTES = 2
 # What a decoder keeps beside its inputs, in units of its width: for each pixel, or for each patch beside its blocks.
 CONV_KEPT_PER_PIXEL = 0.55
 CROSS_ATTENTION_KEPT_PER_PATCH = 6
-UNITS = (Block, DINOHead, *DECODERS.values())
 
 
 def count_parameters(modules: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -40,13 +37,13 @@ def estimate_memory(
 
     The parts are "weights and optimizer" (exact), "gathered weights" (what sharded or bfloat16 computation needs beside
     the stored ones), "backbone", "heads" and "decoders" (what autograd keeps, within 15 %), "logits" (what passes by
-    before they are probabilities), and "total". The driver's context, nccl's buffers and the allocator's gaps come on
-    top: leave a tenth free.
+    before they are probabilities), and "total". What SimCLR and VICReg keep is not counted. The driver's context, nccl
+    and the allocator's gaps come on top: leave a tenth free.
     """
     compute_bytes = HALF_BYTES if half_precision else FLOAT_BYTES
     parts = {
         **_weights(config, arch, compute_bytes, world_size, nodes),
-        "backbone": _backbone(config, arch, compute_bytes),
+        "backbone": _backbone(config, compute_bytes),
         **_heads(config, arch, compute_bytes),
         "decoders": _decoders(config, arch, compute_bytes),
     }
@@ -55,7 +52,7 @@ def estimate_memory(
 
 def _weights(config: Config, arch: SSLMetaArch, compute_bytes: int, world_size: int, nodes: int) -> dict[str, float]:
     trainable = sum(count_parameters(arch.trainable_modules()).values())
-    teacher = sum(parameter.numel() for parameter in arch.teacher.parameters())
+    teacher = sum(parameter.numel() for parameter in arch.teacher.parameters()) if arch.teacher else 0
     stored = FLOAT_BYTES * (trainable * 4 + teacher)  # weights, gradients, two moments of AdamW; the teacher's weights
     if world_size == 1 or config.fsdp.strategy == "none":  # nothing is gathered; autocast keeps what it has converted
         converted = compute_bytes * trainable if compute_bytes < FLOAT_BYTES else 0
@@ -72,45 +69,38 @@ def _weights(config: Config, arch: SSLMetaArch, compute_bytes: int, world_size: 
 
 
 def largest_unit(arch: SSLMetaArch) -> int:
-    """Parameters of the largest block, head or decoder: what is gathered at once."""
-    units = (module for module in arch.modules() if isinstance(module, UNITS))
+    """Returns the parameters of the largest stage, head or decoder: what is gathered at once."""
+    stages = [stage for module in arch.modules() if hasattr(module, "stages") for stage in module.stages()]
+    heads = [module for name, module in arch.student.items() if name not in ("backbone", "projection")]
+    own = [part for term in arch.objectives.values() for part in term.modules() if part is not term]
+    units = [*stages, *heads, *(part for part in own if not isinstance(part, nn.ModuleList))]
     return max(sum(parameter.numel() for parameter in unit.parameters()) for unit in units)
 
 
-def tokens_per_image(config: Config) -> int:
-    """Tokens of all crops of one image that the student sees."""
-    crops, student = config.crops, config.student
-    rows, columns = patch_grid(config)
-    local = (crops.local_crops_size // student.patch_size) ** 2
-    extra = 1 + student.num_register_tokens
-    return 2 * (rows * columns + extra) + crops.local_crops_number * (local + extra)
-
-
-def kept_per_token(block: Block, compute_bytes: int) -> float:
-    """Bytes that autograd keeps for one token in one block, which sees a token only where it does not drop it."""
-    dim, ffn = block.norm1.normalized_shape[0], block.mlp
-    # SwiGLU keeps gate and value, the gate after its activation, and the product; an MLP what is before and after GELU.
-    ffn_width = 4 * ffn.w3.in_features if isinstance(ffn, SwiGLUFFN) else 2 * ffn.fc2.in_features
-    values, inputs = KEPT_BESIDE_FFN * dim + ffn_width, 2 * dim  # the inputs of the norms stay in float32
-    if block.drop_path_rate > 0:  # the outputs of both branches, before they are scaled up
-        values, inputs = values + 2 * dim, inputs + 2 * dim
-    return (1 - block.drop_path_rate) * (compute_bytes * values + (FLOAT_BYTES - compute_bytes) * inputs)
-
-
-def _backbone(config: Config, arch: SSLMetaArch, compute_bytes: int) -> float:
-    backbone = arch.student["backbone"]
-    kept = [kept_per_token(block, compute_bytes) for block in backbone.blocks]
-    if config.fsdp.activation_checkpointing:  # the inputs of all blocks, and everything of the one at work
-        per_token = FLOAT_BYTES * backbone.embed_dim * len(kept) + max(kept)
-    else:
-        per_token = sum(kept)
-    return config.train.batch_size_per_gpu * tokens_per_image(config) * per_token
+def _backbone(config: Config, compute_bytes: int) -> float:
+    crops, needs = config.crops, config.needs()
+    views = {crops.global_crops_size: 2.0}  # of each image, by size
+    if needs.local_crops:
+        views[crops.local_crops_size] = views.get(crops.local_crops_size, 0) + crops.local_crops_number
+    if needs.path:
+        size = crops.local_crops_size if needs.path.local_size else crops.global_crops_size
+        views[size] = views.get(size, 0) + needs.path.share * len(needs.path.fractions)
+    with torch.device("meta"):
+        backbone = BACKBONES[config.student.arch].build(config.student, crops.global_crops_size)
+    total = 0.0
+    for size, number in views.items():
+        stages = backbone.kept_of_image(size, compute_bytes) if number else []
+        kept = sum(stage.inside for stage in stages)
+        if config.fsdp.activation_checkpointing and stages:  # the inputs of all, and everything of the one at work
+            kept = sum(stage.input for stage in stages) + max(stage.inside for stage in stages)
+        total += number * kept
+    return config.train.batch_size_per_gpu * total
 
 
 def _heads(config: Config, arch: SSLMetaArch, compute_bytes: int) -> dict[str, float]:
     """Log-probabilities of the student, probabilities of the teacher, both in float32; the MLP; prototypes' weights."""
     batch = config.train.batch_size_per_gpu
-    rows, columns = patch_grid(config)
+    rows, columns = objective_context(config).grid
     masked = config.ibot.mask_sample_probability * sum(config.ibot.mask_ratio_min_max) / 2 * 2 * batch * rows * columns
     rows_of = {"dino": (batch * (2 + config.crops.local_crops_number), 2 * batch), "ibot": (masked, masked)}
     kept, passing = 0.0, 0.0
@@ -130,8 +120,8 @@ def _heads(config: Config, arch: SSLMetaArch, compute_bytes: int) -> dict[str, f
 
 def _decoders(config: Config, arch: SSLMetaArch, compute_bytes: int) -> float:
     task, batch = config.equivariance, config.train.batch_size_per_gpu
-    rows, columns = patch_grid(config)
-    if not num_reconstructed(task):
+    rows, columns = objective_context(config).grid
+    if "reconstruction" not in arch.objectives:
         return 0.0
     values = 2 * task.equivariant_dim  # the tokens of both views
     if task.decoder == "conv":
@@ -141,7 +131,7 @@ def _decoders(config: Config, arch: SSLMetaArch, compute_bytes: int) -> float:
         values += CROSS_ATTENTION_KEPT_PER_PATCH * task.decoder_dim
         blocks = arch.objectives["reconstruction"].decoders[0].blocks
         kept = compute_bytes * values + sum(kept_per_token(block, compute_bytes) for block in blocks)
-    return num_reconstructed(task) * batch * rows * columns * kept
+    return task.num_intermediates * batch * rows * columns * kept
 
 
 def plan(

@@ -1,7 +1,7 @@
 """A run stops before a NaN or an infinity reaches its weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +19,45 @@ class NonFiniteError(FloatingPointError):
     """A loss or a gradient is NaN or infinite."""
 
 
-def require_finite(output: StepOutput, step: int) -> None:
-    """Raises NonFiniteError with the names of the terms that are NaN or infinite.
+def require_finite(outputs: Sequence[StepOutput], step: int) -> None:
+    """Checks the losses of all forwards of a step; waits for the device once.
 
     Args:
-        output: averaged over the processes, so that all of them stop when one of them meets a NaN.
+        outputs: averaged over the processes, so that all of them stop when one of them meets a NaN.
+
+    Raises:
+        NonFiniteError: with the names of the losses that are NaN or infinite.
     """
-    values = torch.stack(list(output.losses.values()))
-    if not values.isfinite().all():
-        terms = dict(zip(output.losses, values.tolist(), strict=True))
-        broken = ", ".join(f"{name} = {value}" for name, value in terms.items() if not math.isfinite(value))
-        raise NonFiniteError(f"Loss not finite at step {step}: {broken}; {ADVICE}")
+    values = torch.stack([torch.stack(list(output.losses.values())) for output in outputs])  # [forwards, terms]
+    if values.isfinite().all():
+        return
+    for losses in values.tolist():
+        terms = dict(zip(outputs[0].losses, losses, strict=True))
+        if broken := ", ".join(f"{name} = {value}" for name, value in terms.items() if not math.isfinite(value)):
+            raise NonFiniteError(f"Loss not finite at step {step}: {broken}; {ADVICE}")
 
 
-def clip_gradients(modules: Mapping[str, nn.Module], clip_grad: float, step: int) -> dict[str, Tensor]:
-    """Clips each module's gradient to the norm `clip_grad` (0: not at all); returns the norms before that.
+def clip_gradients(modules: Mapping[str, nn.Module], clip_grad: float, per: str, step: int) -> dict[str, Tensor]:
+    """Clips gradients in place.
+
+    Args:
+        clip_grad: largest norm; 0: no clipping.
+        per: what is clipped together: "module" (DINOv2), or each "tensor" by itself (DINO, iBOT).
+
+    Returns:
+        The norm of each module before clipping.
 
     Raises:
         NonFiniteError: a gradient is NaN or infinite.
     """
     limit = clip_grad if clip_grad > 0 else float("inf")
-    norms = {name: clip_grad_norm(module.parameters(), limit) for name, module in modules.items()}
+    if per == "tensor":
+        norms = {name: clip_grad_norm(module.parameters(), float("inf")) for name, module in modules.items()}
+        for module in modules.values():
+            for parameter in module.parameters():
+                clip_grad_norm([parameter], limit)
+    else:
+        norms = {name: clip_grad_norm(module.parameters(), limit) for name, module in modules.items()}
     if not torch.stack(list(norms.values())).isfinite().all():
         broken = [name for name, norm in norms.items() if not norm.isfinite()]
         raise NonFiniteError(f"The gradient of {', '.join(broken)} is not finite at step {step}; {ADVICE}")

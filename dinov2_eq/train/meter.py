@@ -28,7 +28,7 @@ def average_over_processes(output: StepOutput) -> StepOutput:
     total, *others = means.unbind()
     losses = dict(zip(output.losses, others, strict=False))
     metrics = dict(zip(output.metrics, others[len(losses) :], strict=True))
-    return StepOutput(total, losses, metrics, output.teacher_cls)
+    return StepOutput(total, losses, metrics, output.cls)
 
 
 class StepMeter:
@@ -64,7 +64,7 @@ class StepMeter:
             self._sums[f"loss/{name}"] += loss
         for name, value in output.metrics.items():
             self._sums[name] += value
-        self._teacher_cls = output.teacher_cls
+        self._cls = output.cls
         self._forwards += 1
         self._images += num_images
 
@@ -75,7 +75,7 @@ class StepMeter:
     def summary(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._started
         values = {name: float(total) / self._forwards for name, total in self._sums.items()}
-        values["feature_rank"] = float(effective_rank(self._teacher_cls))
+        values["feature_rank"] = float(effective_rank(self._cls))
         values |= {f"grad_norm/{name}": float(norm) for name, norm in self._grad_norms.items()}
         values["data_wait_share"] = self._waited / seconds
         values["images_per_second"] = self._images / seconds

@@ -4,19 +4,17 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
-
 from dinov2_eq.config.schema import Config
 from dinov2_eq.data.datasets import ImageDataset
-from dinov2_eq.data.loaders import to_device
 from dinov2_eq.distributed import is_main_process
+from dinov2_eq.equivariance.pairing import NoPairing
 from dinov2_eq.logging import MetricLogger, first_value, progress_bar
-from dinov2_eq.train.build import build_make_views, build_task_transform, build_train_loader
+from dinov2_eq.train.build import build_train_loader
 from dinov2_eq.train.meter import StepMeter
 from dinov2_eq.train.online_knn import KNN_TOP1, OnlineKnn
 from dinov2_eq.train.run_folder import write_teacher
 from dinov2_eq.train.samples import SampleWriter
-from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
+from dinov2_eq.train.step import Run
 
 logger = logging.getLogger(__name__)
 
@@ -75,23 +73,16 @@ class Observer:
 
 
 def build_observer(
-    config: Config,
-    folder: Path,
-    arch: SSLMetaArch,
-    dataset: ImageDataset,
-    knn: OnlineKnn | None,
-    device: torch.device,
-    half_precision: bool,
-    start: int,
+    config: Config, folder: Path, run: Run, dataset: ImageDataset, knn: OnlineKnn | None, start: int
 ) -> Observer:
-    """`start` is the number of steps that an earlier start of the run has done."""
+    """Builds what a run shows; `start` is the number of steps that an earlier start of the run has done."""
     evaluation, steps = config.evaluation, config.optim.steps
     actions: dict[Callable[[int], Mapping[str, float] | None], int] = {}
     if knn:
         measured = first_value(folder, KNN_TOP1) if start and is_main_process() else []
 
         def measure_knn(done: int) -> Mapping[str, float]:
-            values = knn.measure(arch.teacher["backbone"], device)
+            values = knn.measure(run.arch.evaluated["backbone"], run.device)
             measured.append(values[KNN_TOP1])
             if config.student.pretrained_weights and measured[-1] < measured[0]:
                 logger.warning(
@@ -104,26 +95,20 @@ def build_observer(
 
         actions[measure_knn] = evaluation.knn_period_steps
     if evaluation.sample_period_steps > 0:
-        samples = _build_samples(config, folder, dataset, device)
+        samples = _build_samples(config, folder, run, dataset)
+        actions[samples.write] = evaluation.sample_period_steps
 
-        def write_samples(done: int) -> None:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half_precision):
-                samples.write(arch, done)
-
-        actions[write_samples] = evaluation.sample_period_steps
-
-    def write_trained_teacher(done: int) -> None:
+    def write_evaluated(done: int) -> None:
         if done > 0:
-            write_teacher(folder, arch.teacher, config, done)
+            write_teacher(folder, run.arch.evaluated, config, done)
 
-    actions[write_trained_teacher] = evaluation.eval_period_steps or steps
+    actions[write_evaluated] = evaluation.eval_period_steps or steps
     metrics = MetricLogger(folder, start) if is_main_process() else None
     return Observer(steps, start, config.train.log_period_steps, metrics, actions)
 
 
-def _build_samples(config: Config, folder: Path, dataset: ImageDataset, device: torch.device) -> SampleWriter:
-    batch = to_device(next(iter(build_train_loader(config, dataset, start_step=0, num_workers=0))), device)
-    make_views = build_make_views(config, config.equivariance.num_intermediates if config.equivariance.enabled else 0)
-    transform = build_task_transform(config.equivariance)
-    components = transform.components if transform else ()
-    return SampleWriter(folder / "samples", batch, make_views, components, config.crops.mean, config.crops.std)
+def _build_samples(config: Config, folder: Path, run: Run, dataset: ImageDataset) -> SampleWriter:
+    needs = config.needs()
+    batch = next(iter(build_train_loader(config, dataset, start_step=0, num_workers=0)))
+    pairing = (needs.pairing or NoPairing)()
+    return SampleWriter(folder / "samples", batch, run, config.crops, pairing, needs.shown)

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov2_eq.config.schema import Config, CropsConfig, EvaluationConfig
+from dinov2_eq.config.schema import Config
 from dinov2_eq.data.labelled import LabelledImages, read_labelled
 from dinov2_eq.data.loaders import make_eval_loader
 from dinov2_eq.probes.features import encode_together, pooled_features
 from dinov2_eq.probes.knn import knn_accuracy
+from dinov2_eq.settings import CropsConfig, EvaluationConfig
 
 BATCH_SIZE = 256
 KNN_TOP1 = "eval/knn_top1"

@@ -8,34 +8,24 @@ from torch import nn
 
 from dinov2_eq.train.schedules import ScheduledValues
 
-INPUT_NAMES = ("patch_embed.", "pos_embed", "cls_token", "mask_token", "register_tokens")
-
-
-def layer_index(name: str, depth: int) -> int:
-    """0 for the tokens and the patch embedding, i + 1 for block i, depth + 1 for everything after the blocks."""
-    if name.startswith(INPUT_NAMES):
-        return 0
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return depth + 1
-
 
 def build_param_groups(
-    modules: Mapping[str, nn.Module], *, depth: int, layerwise_decay: float, patch_embed_lr_mult: float
+    modules: Mapping[str, nn.Module], *, layerwise_decay: float, patch_embed_lr_mult: float
 ) -> list[dict[str, Any]]:
     """Groups all trainable parameters by (lr_multiplier, wd_multiplier, part).
 
     Args:
         modules: the trainable modules by name; only the one called "backbone" has layer-wise decay.
-        depth: number of blocks of the backbone.
     """
     groups: dict[tuple[float, float, str], list[nn.Parameter]] = defaultdict(list)
     for module_name, module in modules.items():
         for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             lr_multiplier = 1.0
             if module_name == "backbone":
-                lr_multiplier = layerwise_decay ** (depth + 1 - layer_index(name, depth))
-                if name.startswith("patch_embed."):
+                lr_multiplier = layerwise_decay ** (module.num_layers + 1 - module.layer_of(name))
+                if module.is_patch_embed(name):
                     lr_multiplier *= patch_embed_lr_mult
             spared = name.endswith("bias") or "norm" in name or "gamma" in name
             part = "backbone" if module_name == "backbone" else "last_layer" if "last_layer" in name else "other"

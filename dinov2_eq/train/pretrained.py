@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from dinov2_eq.checkpointer import Checkpointer, read_model
 from dinov2_eq.distributed import is_distributed
-from dinov2_eq.models import DinoVisionTransformer
-from dinov2_eq.models.convert import HEADS, adapt, describe_misfit, to_dinov2
+from dinov2_eq.models.backbone import Backbone
+from dinov2_eq.models.convert import HEADS, describe_misfit, to_dinov2
 from dinov2_eq.models.foreign_backbones import LOADERS
 from dinov2_eq.models.weight_files import instead_of_folder, read_checkpoint
 from dinov2_eq.train.run_folder import CHECKPOINTS
@@ -103,9 +103,9 @@ def start_state(name: str, module: nn.Module, found: Parts) -> dict[str, Tensor]
     own, given = module.state_dict(), found.get(name)
     if not own:
         return own
-    if isinstance(module, DinoVisionTransformer):
+    if isinstance(module, Backbone):
         try:
-            fitted, notes = adapt(found["backbone"], module)
+            fitted, notes = module.start_from(found["backbone"])
         except ValueError as error:
             raise ValueError(
                 f"student.pretrained_weights do not fit: {error}. Set student.arch, depth, layerscale, ... as they are "

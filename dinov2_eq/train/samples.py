@@ -1,80 +1,88 @@
-"""Pictures of the task as training goes on: the same few images each time, with their reconstructions."""
+"""Pictures of the task while it trains: the same few images each time, with what the objectives make of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2_eq.data.augmentations import make_views
+from dinov2_eq.data.loaders import to_device
 from dinov2_eq.distributed import is_main_process
-from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
-from dinov2_eq.types import CollatedBatch, ViewBatch
+from dinov2_eq.equivariance.pairing import Pairing
+from dinov2_eq.settings import CropsConfig
+from dinov2_eq.train.step import Run
+from dinov2_eq.types import GLOBAL, CollatedBatch, Scene
 
 NUM_IMAGES = 6
 
 
 class SampleWriter:
-    """Writes `samples/step_<step>.npz`: views, targets and reconstructions of one fixed batch, in uint8."""
+    """Writes `samples/step_<step>.npz`: views, targets and reconstructions of one fixed batch, in uint8.
+
+    Args:
+        fractions: fractions of theta to show, also for the control, which does not rebuild them.
+    """
 
     def __init__(
         self,
         folder: Path,
         batch: CollatedBatch,
-        make_views: Callable[[CollatedBatch], ViewBatch],
-        components: Sequence[str],
-        mean: Sequence[float],
-        std: Sequence[float],
+        run: Run,
+        crops: CropsConfig,
+        pairing: Pairing,
+        fractions: Sequence[float],
     ) -> None:
-        """
-        Args:
-            make_views: makes targets also for the control, which does not rebuild them.
-            components: names of the P parameters in theta; none where the task is off.
-        """
         self.folder = folder
-        self.mean, self.std = (torch.tensor(list(value))[:, None, None] for value in (mean, std))
-        batch = _first(batch, NUM_IMAGES)
-        self.views = make_views(batch)
-        still = make_views(batch._replace(theta=torch.zeros_like(batch.theta)))
-        num_intermediates = len(self.views.intermediate_targets)
+        self.run = run
+        self.mean, self.std = (torch.tensor(list(value))[:, None, None] for value in (crops.mean, crops.std))
+        batch = to_device(_first(batch, NUM_IMAGES), run.device)
+        make = partial(make_views, crops=crops, pairing=pairing, targets=fractions)
+        self.views = make(batch)
+        still = make(batch._replace(theta=torch.zeros_like(batch.theta)))
+        anchor, second = self.views.groups[GLOBAL].images
         self.arrays = {
-            "anchor_view": self._pixels(self.views.global_crops[0]),
-            "base_view": self._pixels(still.global_crops[1]),  # g with theta = 0
-            "transformed_view": self._pixels(self.views.global_crops[1]),
-            "intermediate_targets": self._pixels(self.views.intermediate_targets),
-            "fractions": np.arange(1, num_intermediates + 1) / (num_intermediates + 1),
+            "anchor_view": self._pixels(anchor),
+            "base_view": self._pixels(still.groups[GLOBAL].images[1]),  # g with theta = 0
+            "transformed_view": self._pixels(second),
+            "intermediate_targets": self._pixels(self.views.targets),
+            "fractions": np.array(fractions),
             "theta": batch.theta.cpu().numpy(),
-            "components": np.array(components, dtype=np.str_),
+            "components": np.array(pairing.components, dtype=np.str_),
         }
 
     @torch.no_grad()
-    def write(self, arch: SSLMetaArch, step: int) -> None:
-        """All processes take part, as each may hold a part of the networks; the main one writes."""
-        arrays = dict(self.arrays)
-        if "reconstruction" in arch.objectives:
-            arch.eval()
-            student = arch.student(self.views.global_crops)
-            size = self.views.global_crops.shape[-2:]
-            arrays["reconstructions"] = self._pixels(arch.objectives["reconstruction"].reconstruct(student, size))
-            arch.train()
+    def write(self, step: int) -> None:
+        """Writes the pictures of this step; all processes take part, as each may hold a part of the networks."""
+        arch, device, arrays = self.run.arch, self.run.device, dict(self.arrays)
+        arch.eval()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.run.half_precision):
+            scene = Scene(self.views, arch.student(self.views.groups), teacher=None, teacher_temp=1.0)
+            for objective in arch.objectives.values():
+                arrays |= {name: self._pixels(images) for name, images in objective.pictures(scene).items()}
+        arch.train()
         if not is_main_process():
             return
         self.folder.mkdir(exist_ok=True)
         np.savez_compressed(self.folder / f"step_{step:07d}.npz", **arrays)
 
     def _pixels(self, images: Tensor) -> np.ndarray:
-        """normalised [..., 3, H, W] -> uint8 [..., H, W, 3]"""
+        """Turns normalised images [..., 3, H, W] into uint8 [..., H, W, 3]."""
         pixels = (images.float().cpu() * self.std + self.mean).clamp(0, 1) * 255
         return pixels.round().byte().movedim(-3, -1).numpy()
 
 
 def _first(batch: CollatedBatch, number: int) -> CollatedBatch:
-    """The first images of a batch, without local crops and masks."""
+    """Returns the first images of a batch, without local crops and masks."""
     return batch._replace(
         anchor_crops=batch.anchor_crops[:number],
         base_canvases=batch.base_canvases[:number],
         local_crops=batch.local_crops[:0, :number],
         photometric=type(batch.photometric)(*(values[:2, :number] for values in batch.photometric)),
         theta=batch.theta[:number],
-        masks=torch.zeros_like(batch.masks[:, :number]),
+        known=batch.known[:number],
+        masks=batch.masks[:, :number, :0],
+        masked_patches=batch.masked_patches[:0],
     )

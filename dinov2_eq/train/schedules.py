@@ -10,6 +10,8 @@ from fvcore.common.param_scheduler import (
     ParamScheduler,
 )
 
+from dinov2_eq.settings import OptimConfig, TeacherConfig
+
 
 class ScheduledValues(NamedTuple):
     lr: float
@@ -44,34 +46,26 @@ def scaled_lr(base_lr: float, scaling_rule: str, global_batch_size: int) -> floa
 
 
 class Schedules:
-    """`at(step)` gives the values for the update number `step`, 0 <= step < steps."""
+    """`at(step)` gives the values for the update number `step`, 0 <= step < steps.
 
-    def __init__(
-        self,
-        *,
-        steps: int,
-        lr: float,
-        min_lr: float,
-        warmup_steps: int,
-        freeze_last_layer_steps: int,
-        freeze_backbone_steps: int,
-        weight_decay: float,
-        weight_decay_end: float,
-        momentum_teacher: float,
-        final_momentum_teacher: float,
-        warmup_teacher_temp: float,
-        teacher_temp: float,
-        warmup_teacher_temp_steps: int,
-    ) -> None:
-        self.steps = steps
-        self.freeze_last_layer_steps = freeze_last_layer_steps
-        self.freeze_backbone_steps = freeze_backbone_steps
-        self.lr = warmup_then(0.0, warmup_steps, steps, CosineParamScheduler(lr, min_lr), reached=lr)
-        self.weight_decay = CosineParamScheduler(weight_decay, weight_decay_end)
-        self.teacher_momentum = CosineParamScheduler(momentum_teacher, final_momentum_teacher)
-        constant = ConstantParamScheduler(teacher_temp)
+    Args:
+        lr: peak learning rate, see `scaled_lr`.
+    """
+
+    def __init__(self, optim: OptimConfig, teacher: TeacherConfig, lr: float) -> None:
+        steps = self.steps = optim.steps
+        self.freeze_last_layer_steps = optim.freeze_last_layer_steps
+        self.freeze_backbone_steps = optim.freeze_backbone_steps
+        self.lr = warmup_then(0.0, optim.warmup_steps, steps, CosineParamScheduler(lr, optim.min_lr), reached=lr)
+        self.weight_decay = CosineParamScheduler(optim.weight_decay, optim.weight_decay_end)
+        self.teacher_momentum = CosineParamScheduler(teacher.momentum_teacher, teacher.final_momentum_teacher)
+        constant = ConstantParamScheduler(teacher.teacher_temp)
         self.teacher_temp = warmup_then(
-            warmup_teacher_temp, warmup_teacher_temp_steps, steps, constant, reached=teacher_temp
+            teacher.warmup_teacher_temp,
+            teacher.warmup_teacher_temp_steps,
+            steps,
+            constant,
+            reached=teacher.teacher_temp,
         )
 
     def at(self, step: int) -> ScheduledValues:

@@ -29,6 +29,7 @@ class TrainingState:
         self.global_batch_size = global_batch_size
 
     def state_dict(self) -> dict[str, Any]:
+        _complete(self.optimizer)
         return {
             "model": self.arch.state_dict(),
             "optimizer": get_optimizer_state_dict(self.arch, self.optimizer),
@@ -58,3 +59,19 @@ class TrainingState:
         self.corrupt.load_state_dict(state["corrupt"])
         logger.info("resumed from %s", checkpointer.folder / str(step))
         return step
+
+
+def _complete(optimizer: torch.optim.Optimizer) -> None:
+    """Gives moments to parameters that never had a gradient, such as the mask token of a method without masks.
+
+    They are those of a parameter before its first update. A checkpoint would lack them otherwise, and not be loaded.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state.get(parameter):
+                device = parameter.device if group["fused"] else "cpu"
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=device),
+                    "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+                    "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+                }

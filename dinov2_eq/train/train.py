@@ -3,7 +3,7 @@
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -16,13 +16,10 @@ from dinov2_eq.config.load import load_config, to_yaml
 from dinov2_eq.config.schema import Config
 from dinov2_eq.data.corrupt import CorruptCounter
 from dinov2_eq.data.datasets import build_dataset
-from dinov2_eq.data.loaders import to_device
-from dinov2_eq.data.seeding import Stream, seed_for
 from dinov2_eq.data.workers import lost_workers_explained
 from dinov2_eq.distributed import (
     from_main_process,
     get_local_world_size,
-    get_rank,
     get_world_size,
     is_main_process,
     pick_device,
@@ -33,25 +30,21 @@ from dinov2_eq.files import check_writable, disk_errors_explained
 from dinov2_eq.logging import setup_logging
 from dinov2_eq.train import run_folder
 from dinov2_eq.train.build import (
-    build_arch,
-    build_make_views,
-    build_optimizer,
-    build_schedules,
     build_train_loader,
     global_batch_size,
-    num_reconstructed,
+    make_run,
     uses_half_precision,
 )
 from dinov2_eq.train.cautions import cautions
 from dinov2_eq.train.dry_run import print_plan
 from dinov2_eq.train.estimate import plan
-from dinov2_eq.train.finite import clip_gradients, require_finite
-from dinov2_eq.train.meter import StepMeter, average_over_processes
+from dinov2_eq.train.meter import StepMeter
 from dinov2_eq.train.observer import build_observer
 from dinov2_eq.train.online_knn import build_online_knn
-from dinov2_eq.train.param_groups import apply_schedule
 from dinov2_eq.train.pretrained import find_pretrained, load_optimizer, read_pretrained
 from dinov2_eq.train.state import TrainingState
+from dinov2_eq.train.step import train_step
+from dinov2_eq.types import CollatedBatch
 from dinov2_eq.waiting import SignalWatch
 
 logger = logging.getLogger(__name__)
@@ -139,17 +132,16 @@ def _train(
     knn = from_main_process(lambda: build_online_knn(config, half_precision), "the data of the online k-NN")
     newest = checkpointer.newest_whole() if resume else None
     pretrained = find_pretrained(config.student.pretrained_weights) if newest is None else ""
-    arch = build_arch(config, device, partial(read_pretrained, pretrained) if pretrained else None)
-    optimizer = build_optimizer(config, arch)
-    schedules = build_schedules(config)
+    run = make_run(config, device, partial(read_pretrained, pretrained) if pretrained else None)
+    arch = run.arch
     corrupt = CorruptCounter(config.train.max_corrupt_share)
-    state = TrainingState(arch, optimizer, corrupt, global_batch_size(config))
+    state = TrainingState(arch, run.optimizer, corrupt, global_batch_size(config))
     start = 0
     if newest is not None:
         from_main_process(lambda: run_folder.require_same_run(output_dir, config))
         start = state.load(checkpointer, newest)
     elif pretrained:
-        load_optimizer(pretrained, arch, optimizer)
+        load_optimizer(pretrained, arch, run.optimizer)
     if start >= config.optim.steps:
         logger.info("this run is finished: step %d of optim.steps=%d", start, config.optim.steps)
         return
@@ -161,32 +153,13 @@ def _train(
     what = plan(config, arch, len(dataset), half_precision, processes, nodes)
     logger.info("%s, %s\n%s", device, precision, what)
 
-    observer = build_observer(config, output_dir, arch, dataset, knn, device, half_precision, start)
+    observer = build_observer(config, output_dir, run, dataset, knn, start)
     if start == 0:
         observer.act(0)
-    batches = iter(build_train_loader(config, dataset, start, config.train.num_workers))
-    make_views = build_make_views(config, num_reconstructed(config.equivariance))
-    accumulation_steps = config.train.accumulation_steps
-    meter = StepMeter()
+    loader = build_train_loader(config, dataset, start, config.train.num_workers)
+    batches, meter = _counted(loader, corrupt), StepMeter()
     for step in range(start, config.optim.steps):
-        torch.manual_seed(seed_for(Stream.DROP_PATH, config.train.seed, step, get_rank()))
-        scheduled = schedules.at(step)
-        apply_schedule(optimizer.param_groups, scheduled)
-        optimizer.zero_grad()
-        for _ in range(accumulation_steps):
-            with meter.waiting():
-                batch = next(batches)
-            corrupt.add(batch.skipped, config.train.batch_size_per_gpu)
-            views = make_views(to_device(batch, device))
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half_precision):
-                output = arch(views, scheduled)
-            means = average_over_processes(output)
-            require_finite(means, step)
-            meter.add(means, config.train.batch_size_per_gpu * get_world_size())
-            (output.total / accumulation_steps).backward()
-        meter.end_step(clip_gradients(arch.trainable_modules(), config.optim.clip_grad, step))
-        optimizer.step()
-        arch.end_step(scheduled.teacher_momentum)
+        scheduled = train_step(run, step, batches, meter)
 
         done = step + 1
         signum = stop.agreed(device)
@@ -203,6 +176,12 @@ def _train(
     checkpointer.wait()
     observer.close()
     logger.info("finished: %d steps in %s", config.optim.steps, output_dir)
+
+
+def _counted(batches: Iterable[CollatedBatch], corrupt: CorruptCounter) -> Iterator[CollatedBatch]:
+    for batch in batches:
+        corrupt.add(batch.skipped, len(batch.anchor_crops))
+        yield batch
 
 
 if __name__ == "__main__":

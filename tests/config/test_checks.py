@@ -4,13 +4,12 @@ from dataclasses import fields
 
 import pytest
 
-from dinov2_eq.config.checks import CHOICES, CROSS_ATTENTION_HEAD_DIM, INTERVALS, check
-from dinov2_eq.config.load import load_config, to_dict
-from dinov2_eq.config.schema import Config, EquivarianceConfig
-from dinov2_eq.data.augmentations import BORDERS
-from dinov2_eq.equivariance.decoders import DECODERS, HEAD_DIM
+from dinov2_eq.config.checks import check
+from dinov2_eq.config.load import load_config
+from dinov2_eq.config.schema import default_config, sections_of
 from dinov2_eq.equivariance.transforms import TransformRanges
-from dinov2_eq.models import ARCHS
+from dinov2_eq.objectives.base import MaskNeed, Needs, union
+from dinov2_eq.objectives.reconstruction import EquivarianceConfig
 
 
 @pytest.mark.parametrize(
@@ -68,32 +67,35 @@ def test_without_ibot_nothing_need_be_masked():
     load_config(None, ["ibot.loss_weight=0", "ibot.mask_sample_probability=0"])
 
 
-def values_of(config, types):
-    for section, values in to_dict(config).items():
-        for key, value in values.items():
-            if type(value) in types:
-                yield section, key, value
+def fields_of(config):
+    for section, settings in sections_of(config).items():
+        for each in fields(settings):
+            yield section, each, getattr(settings, each.name)
 
 
-def test_every_number_has_an_interval():
-    numbers = {f"{section}.{key}" for section, key, _ in values_of(Config(), (int, float, list))}
-    assert numbers | {"student.depth"} == set(INTERVALS)
+def test_every_field_says_what_it_means_and_every_number_which_values_it_takes():
+    for section, each, value in fields_of(default_config()):
+        assert each.metadata["meaning"], f"{section}.{each.name}"
+        if type(value) in (int, float, list):
+            assert each.metadata["interval"], f"{section}.{each.name}"
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
 def test_no_number_may_be_nan_or_infinite(wrong):
-    for section, key, value in values_of(Config(), (float, list)):
-        config = Config()
-        setattr(getattr(config, section), key, [wrong, *value[1:]] if isinstance(value, list) else wrong)
-        with pytest.raises(ValueError, match=rf"{section}\.{key}=.*must lie in"):
+    for section, each, value in fields_of(default_config()):
+        if type(value) not in (float, list):
+            continue
+        config = default_config()
+        setattr(getattr(config, section), each.name, [wrong, *value[1:]] if isinstance(value, list) else wrong)
+        with pytest.raises(ValueError, match=rf"{section}\.{each.name}=.*must lie in"):
             check(config)
 
 
-def test_names_and_sizes_repeated_from_other_folders():
-    assert CHOICES["student.arch"] == tuple(ARCHS)
-    assert CHOICES["equivariance.decoder"] == tuple(DECODERS)
-    assert CHOICES["equivariance.border"] == BORDERS
-    assert CROSS_ATTENTION_HEAD_DIM == HEAD_DIM
+def test_two_objectives_cannot_need_different_masks():
+    needs = {name: Needs(masks=MaskNeed((0.1, high), 0.5)) for name, high in (("ibot", 0.2), ("other", 0.3))}
+    with pytest.raises(ValueError, match=r"ibot and other need different masks; set the loss_weight"):
+        union(needs)
+    assert union({"ibot": needs["ibot"], "dino": Needs(), "same": needs["ibot"]}) == needs["ibot"]
 
 
 def test_default_ranges_are_those_of_the_transforms():

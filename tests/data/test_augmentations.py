@@ -7,29 +7,22 @@ from dinov2_eq.data.augmentations import MultiCrop, make_views
 from dinov2_eq.data.collate import Collate
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.data.masking import BlockMasking
+from dinov2_eq.equivariance.pairing import NoPairing, TransformPairing
 from dinov2_eq.equivariance.transforms import build_transform
+from dinov2_eq.settings import CropsConfig
+from dinov2_eq.types import GLOBAL, LOCAL, PATH, PathViews
 
 TRANSFORMS = ("rotation", "translation", "se2", "color_jitter", "blur")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
 
-def make_multi_crop(transform=None, border="canvas", **changes):
-    arguments = {
-        "global_crops_size": 32,
-        "global_crops_scale": (0.32, 1.0),
-        "local_crops_size": 16,
-        "local_crops_scale": (0.05, 0.32),
-        "local_crops_number": 3,
-        "horizontal_flip": 0.5,
-        "jitter_prob": 0.8,
-        "jitter": (0.4, 0.4, 0.2, 0.1),
-        "grey_prob": 0.2,
-        "blur_prob": (0.0, 0.9, 0.5),
-        "solarize_prob": 0.2,
-        "transform": transform,
-        "border": border,
-    }
-    return MultiCrop(**{**arguments, **changes})
+def pairing_of(transform, border="canvas"):
+    return NoPairing() if transform is None else TransformPairing(transform, border)
+
+
+def make_multi_crop(transform=None, border="canvas", num_local=3, **changes):
+    crops = CropsConfig(global_crops_size=32, local_crops_size=16, **changes)
+    return MultiCrop(crops, pairing_of(transform, border), num_local)
 
 
 def draw(multi_crop, seed=0, image=None):
@@ -42,10 +35,12 @@ def make_batch(multi_crop, batch_size=4):
     return collate([draw(multi_crop, seed)._replace(position=seed) for seed in range(batch_size)])
 
 
-def views_of(batch, transform=None, num_intermediates=2, mean=MEAN, std=STD):
-    return make_views(
-        batch, transform=transform, num_intermediates=num_intermediates, size=(32, 32), mean=mean, std=std
-    )
+def views_of(batch, transform=None, num_intermediates=2, mean=MEAN, std=STD, path=None):
+    """Views and K targets at k / (K + 1), or without a transform none."""
+    crops = CropsConfig(global_crops_size=32, local_crops_size=16, mean=list(mean), std=list(std))
+    steps = num_intermediates + 1
+    targets = [step / steps for step in range(1, steps)] if transform else []
+    return make_views(batch, crops=crops, pairing=pairing_of(transform), targets=targets, path=path)
 
 
 def test_sample_has_uint8_crops_of_the_right_sizes():
@@ -55,7 +50,7 @@ def test_sample_has_uint8_crops_of_the_right_sizes():
     assert sample.base_canvas.shape == (3, *transform.canvas_size((32, 32)))
     assert sample.local_crops.shape == (3, 3, 16, 16)
     assert {crop.dtype for crop in (sample.anchor_crop, sample.base_canvas, sample.local_crops)} == {torch.uint8}
-    assert sample.theta.shape == (3,)
+    assert sample.drawn.theta.shape == (3,)
     assert sample.photometric.brightness.shape == (5,) and sample.photometric.order.shape == (5, 4)
 
 
@@ -78,13 +73,13 @@ def test_crops_are_the_same_with_any_transform_and_without(name, border):
 
 def test_theta_is_within_its_range():
     transform = build_transform("se2")
-    thetas = torch.stack([draw(make_multi_crop(transform), seed).theta for seed in range(40)])
+    thetas = torch.stack([draw(make_multi_crop(transform), seed).drawn.theta for seed in range(40)])
     assert (thetas >= transform.low).all() and (thetas <= transform.high).all()
     assert thetas[:, 0].std() > 10
 
 
 def test_frequencies_and_ranges_of_the_photometric_draw():
-    multi_crop = make_multi_crop(local_crops_number=4)
+    multi_crop = make_multi_crop(num_local=4)
     generator = torch.Generator().manual_seed(0)
     draws = [multi_crop._draw_photometric(generator) for _ in range(600)]
     brightness, _, saturation, hue, order, grey, sigma, solarize = (torch.stack(v) for v in zip(*draws, strict=True))
@@ -120,14 +115,14 @@ def test_tiny_and_extreme_images(size):
 
 
 def test_no_local_crops():
-    batch = make_batch(make_multi_crop(local_crops_number=0))
+    batch = make_batch(make_multi_crop(num_local=0))
     assert batch.local_crops.shape == (0, 4, 3, 16, 16)
-    assert views_of(batch).local_crops.shape == (0, 4, 3, 16, 16)
+    assert LOCAL not in views_of(batch).groups
 
 
 def test_unknown_border():
     with pytest.raises(ValueError, match=r"'mirror'.*zeros, canvas"):
-        make_multi_crop(border="mirror")
+        make_multi_crop(build_transform("se2"), border="mirror")
 
 
 # make_views
@@ -140,11 +135,11 @@ def test_shapes_of_the_views(name, border):
     batch = make_batch(make_multi_crop(transform, border))
     for num_intermediates in (0, 1, 3):
         views = views_of(batch, transform, num_intermediates)
-        assert views.global_crops.shape == (2, 4, 3, 32, 32)
-        assert views.local_crops.shape == (3, 4, 3, 16, 16)
-        assert views.intermediate_targets.shape == (num_intermediates, 4, 3, 32, 32)
-        assert views.masks is batch.masks and views.masks.shape == (2, 4, 16)
-        assert all(part.isfinite().all() for part in views)
+        assert views.groups[GLOBAL].images.shape == (2, 4, 3, 32, 32)
+        assert views.groups[LOCAL].images.shape == (3, 4, 3, 16, 16)
+        assert views.targets.shape == (num_intermediates, 4, 3, 32, 32)
+        assert views.groups[GLOBAL].masks is batch.masks and batch.masks.shape == (2, 4, 16)
+        assert all(group.images.isfinite().all() for group in views.groups.values())
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -153,32 +148,32 @@ def test_targets_lie_on_the_way_from_the_base_to_the_transformed_view(name):
     batch = make_batch(make_multi_crop(transform))
     views = views_of(batch, transform, 1, mean=(0, 0, 0), std=(1, 1, 1))
     half = batch._replace(theta=transform.scaled(batch.theta, 0.5))
-    expected = views_of(half, transform, 0, mean=(0, 0, 0), std=(1, 1, 1)).global_crops[1]
-    torch.testing.assert_close(views.intermediate_targets[0], expected)
-    assert (views.intermediate_targets[0] - views.global_crops[1]).abs().mean() > 1e-4
+    expected = views_of(half, transform, 0, mean=(0, 0, 0), std=(1, 1, 1)).groups[GLOBAL].images[1]
+    torch.testing.assert_close(views.targets[0], expected)
+    assert (views.targets[0] - views.groups[GLOBAL].images[1]).abs().mean() > 1e-4
     for num_intermediates in (0, 4):  # K changes neither v1 nor v2
         other = views_of(batch, transform, num_intermediates, mean=(0, 0, 0), std=(1, 1, 1))
-        torch.testing.assert_close(other.global_crops, views.global_crops)
+        torch.testing.assert_close(other.groups[GLOBAL].images, views.groups[GLOBAL].images)
 
 
 def test_without_a_transform_the_base_view_is_the_second_global_crop():
     batch = make_batch(make_multi_crop(jitter_prob=0.0, grey_prob=0.0, blur_prob=(0, 0, 0), solarize_prob=0.0))
     views = views_of(batch)
-    assert views.intermediate_targets.shape == (0, 4, 3, 32, 32)
+    assert views.targets.shape == (0, 4, 3, 32, 32)
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
-    torch.testing.assert_close(views.global_crops[0], (batch.anchor_crops / 255 - mean) / std)
-    torch.testing.assert_close(views.global_crops[1], (batch.base_canvases / 255 - mean) / std)
-    torch.testing.assert_close(views.local_crops, (batch.local_crops / 255 - mean) / std)
+    torch.testing.assert_close(views.groups[GLOBAL].images[0], (batch.anchor_crops / 255 - mean) / std)
+    torch.testing.assert_close(views.groups[GLOBAL].images[1], (batch.base_canvases / 255 - mean) / std)
+    torch.testing.assert_close(views.groups[LOCAL].images, (batch.local_crops / 255 - mean) / std)
 
 
 def test_with_the_identity_the_transformed_view_is_the_base_view():
     transform = build_transform("se2")
     batch = make_batch(make_multi_crop(transform))
     still = views_of(batch._replace(theta=torch.zeros_like(batch.theta)), transform, 1)
-    torch.testing.assert_close(still.global_crops[1], still.intermediate_targets[0])
+    torch.testing.assert_close(still.groups[GLOBAL].images[1], still.targets[0])
     plain = views_of(make_batch(make_multi_crop()))
-    assert torch.equal(still.global_crops[0], plain.global_crops[0])
-    assert torch.equal(still.local_crops, plain.local_crops)
+    assert torch.equal(still.groups[GLOBAL].images[0], plain.groups[GLOBAL].images[0])
+    assert torch.equal(still.groups[LOCAL].images, plain.groups[LOCAL].images)
 
 
 @pytest.mark.parametrize(("border", "black_expected"), [("canvas", False), ("zeros", True)])
@@ -189,7 +184,33 @@ def test_black_comes_in_without_a_canvas_only(border, black_expected):
     collate = Collate(BlockMasking((4, 4), (0.1, 0.5), 0.0), 0, 8)
     batch = collate([draw(multi_crop, seed, white) for seed in range(8)])
     views = views_of(batch, transform, 2, mean=(0, 0, 0), std=(1, 1, 1))
-    darkest = torch.cat([views.intermediate_targets, views.global_crops[1:]]).amin((0, 2, 3, 4))
+    darkest = torch.cat([views.targets, views.groups[GLOBAL].images[1:]]).amin((0, 2, 3, 4))
     assert ((darkest < 0.5).any().item()) is black_expected
     if not black_expected:
         assert darkest.min() > 0.99
+
+
+@pytest.mark.parametrize("local_size", [False, True])
+def test_a_path_of_some_images(local_size):
+    transform = build_transform("se2")
+    batch = make_batch(make_multi_crop(transform))._replace(path_rows=torch.tensor([1, 3]))
+    path = PathViews((0.5, 1.0), share=0.5, local_size=local_size)
+    views = views_of(batch, transform, 1, path=path)
+    images = views.groups[PATH].images
+    assert images.shape == (2, 2, 3, 16, 16) if local_size else (2, 2, 3, 32, 32)
+    expected = torch.stack([views.targets[0], views.groups[GLOBAL].images[1]])[:, [1, 3]]
+    if local_size:
+        expected = torch.nn.functional.interpolate(
+            expected.flatten(0, 1), (16, 16), mode="bilinear", antialias=True
+        ).unflatten(0, (2, 2))
+    torch.testing.assert_close(images, expected)
+
+
+def test_the_second_view_may_stay_untransformed():
+    transform = build_transform("se2")
+    batch = make_batch(make_multi_crop(transform))
+    crops = CropsConfig(global_crops_size=32, local_crops_size=16)
+    pairing = TransformPairing(transform, "canvas", second=0.0)
+    views = make_views(batch, crops=crops, pairing=pairing, targets=[0.0, 1.0])
+    assert torch.equal(views.groups[GLOBAL].images[1], views.targets[0])
+    assert (views.targets[1] - views.targets[0]).abs().mean() > 0.01

@@ -16,18 +16,17 @@ from dinov2_eq.data.augmentations import MultiCrop
 from dinov2_eq.data.datasets import DataError, build_dataset
 from dinov2_eq.data.loaders import fixed_subset, make_eval_loader, make_train_loader, to_device
 from dinov2_eq.data.masking import BlockMasking
+from dinov2_eq.equivariance.pairing import TransformPairing
 from dinov2_eq.equivariance.transforms import build_transform
+from dinov2_eq.settings import CropsConfig
 from tests.data.datasets.tars import write_tar
 
 SEED = 7
 
 
 def train_loader(num_images=20, dataset=None, probability=0.5, **changes):
-    multi_crop = MultiCrop(
-        global_crops_size=16, global_crops_scale=(0.32, 1.0), local_crops_size=8, local_crops_scale=(0.05, 0.32),
-        local_crops_number=2, horizontal_flip=0.5, jitter_prob=0.8, jitter=(0.4, 0.4, 0.2, 0.1), grey_prob=0.2,
-        blur_prob=(0.0, 0.9, 0.5), solarize_prob=0.2, transform=build_transform("se2"), border="canvas",
-    )  # fmt: skip
+    crops = CropsConfig(global_crops_size=16, local_crops_size=8)
+    multi_crop = MultiCrop(crops, TransformPairing(build_transform("se2"), "canvas"), num_local=2)
     arguments = {"seed": SEED, "batch_size": 8, "global_batch_size": 8, "rank": 0, "world_size": 1, **changes}
     dataset = build_dataset(f"Shapes:num={num_images}:size=24") if dataset is None else dataset
     return make_train_loader(dataset, multi_crop, BlockMasking((4, 4), (0.1, 0.5), probability), **arguments)
@@ -61,7 +60,7 @@ def assert_same(batches, others):
 def test_batch_has_the_promised_axes():
     (batch,) = take(1)
     size = build_transform("se2").canvas_size((16, 16))
-    assert batch.step_position == 0 and batch.skipped == ()
+    assert batch.skipped == () and batch.known.all()
     assert batch.anchor_crops.shape == (8, 3, 16, 16)
     assert batch.base_canvases.shape == (8, 3, *size)
     assert batch.local_crops.shape == (2, 8, 3, 8, 8)
@@ -85,7 +84,6 @@ def test_processes_and_accumulation_do_not_change_the_stream(batch_size):
 def test_resume_is_exact():
     whole = take(6)
     assert_same(whole[3:], take(3, start_position=24))
-    assert [batch.step_position for batch in take(2, start_position=24)] == [24, 32]
     ranks = [take(3, batch_size=4, rank=rank, world_size=2, start_position=24) for rank in (0, 1)]
     assert_same(whole[3:], [batch for microbatch in zip(*ranks, strict=True) for batch in microbatch])
 
@@ -101,6 +99,24 @@ def test_iterating_leaves_the_global_random_state_alone():
     state = torch.get_rng_state()
     take(2)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_masked_patches_are_the_places_in_the_masks():
+    for batch in take(3):
+        flat = batch.masks.flatten()
+        assert flat[batch.masked_patches].all() and len(batch.masked_patches) == flat.sum()
+
+
+@pytest.mark.parametrize("share", [0.25, 0.3, 1.0])
+def test_a_share_of_the_images_has_a_path_on_any_number_of_processes(share):
+    def rows(batches):
+        return torch.cat([batch.anchor_crops[batch.path_rows] for batch in batches])
+
+    whole = take(5, path_share=share)
+    assert sum(len(batch.path_rows) for batch in whole) == int(40 * share)
+    ranks = [take(5, batch_size=4, rank=rank, world_size=2, path_share=share) for rank in (0, 1)]
+    merged = [batch for together in zip(*ranks, strict=True) for batch in together]
+    assert torch.equal(rows(whole), rows(merged))
 
 
 def test_batch_larger_than_the_dataset_and_no_masks():
@@ -174,7 +190,7 @@ def test_to_device_keeps_every_field():
     (batch,) = take(1)
     moved = to_device(batch, torch.device("meta"))
     assert {vars_of(moved)[name].device.type for name in BATCH_AXIS} == {"meta"}
-    assert moved.photometric is batch.photometric and moved.step_position == batch.step_position
+    assert moved.photometric is batch.photometric and moved.skipped is batch.skipped
 
 
 # evaluation

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dinov2_eq.equivariance.decoders import DECODERS, build_decoder
-from dinov2_eq.equivariance.reconstruction_loss import reconstruction_loss
 from dinov2_eq.equivariance.split import NoSplit, TokenSplit
+from dinov2_eq.objectives.reconstruction import reconstruction_loss
 
 
 def decoder_of(name, patch_size=8, dim=64):
@@ -79,7 +79,7 @@ def test_predicting_the_mean_costs_one():
 
 
 def test_split_is_one_projection_cut_in_two():
-    split = TokenSplit(dim=16, patch_dim=40, equivariant_dim=8)
+    split = TokenSplit(dim=16, invariant_dim=32, equivariant_dim=8)
     split.init_weights()
     weight = torch.cat([split.invariant.weight, split.equivariant.weight])
     bias = torch.cat([split.invariant.bias, split.equivariant.bias])

@@ -12,7 +12,7 @@ import torch
 from dinov2_eq.config.load import load_config
 from dinov2_eq.config.schema import Config
 from dinov2_eq.distributed import get_rank
-from dinov2_eq.train.objectives.reconstruction import ReconstructionObjective
+from dinov2_eq.objectives.reconstruction import Reconstruction
 from dinov2_eq.train.train import do_train
 from tests.processes import run_ranks
 
@@ -21,20 +21,21 @@ RECIPES = sorted(
     str(path.relative_to(ROOT / "configs" / "train").with_suffix(""))
     for path in (ROOT / "configs/train").rglob("*.yaml")
 )
-# What recipes have besides numbers (centering, and what is reconstructed), each with one recipe that has it.
+# What recipes have besides numbers (losses, centring, backbone, and what is reconstructed), each with one recipe.
 METHODS = {
-    ("centering", "nothing"): "vitl16_short",
-    ("centering", "conv"): "vitl16_eq_short",
-    ("sinkhorn_knopp", "nothing"): "cifar10/disabled",
-    ("sinkhorn_knopp", "control"): "cifar10/control_se2_canvas",
-    ("sinkhorn_knopp", "conv"): "cifar10/se2_conv_canvas",
-    ("sinkhorn_knopp", "cross_attention"): "cifar10/rotation_cross_attention_zeros",
+    ("dino ibot", "centering", "transformer", "nothing"): "vitl16_short",
+    ("dino ibot", "centering", "transformer", "conv"): "vitl16_eq_short",
+    ("dino ibot", "sinkhorn_knopp", "transformer", "nothing"): "cifar10/disabled",
+    ("dino ibot", "sinkhorn_knopp", "transformer", "control"): "cifar10/control_se2_canvas",
+    ("dino ibot", "sinkhorn_knopp", "transformer", "conv"): "cifar10/se2_conv_canvas",
+    ("dino ibot", "sinkhorn_knopp", "transformer", "cross_attention"): "cifar10/rotation_cross_attention_zeros",
+    ("dino", "centering", "transformer", "nothing"): "dino_vits16",
 }
 STEPS = 5
 # What makes any recipe small enough for a test, and leaves its method alone. KoLeo and stochastic depth look at the
 # images of one process, as in DINOv2, so they depend on how many there are.
 SMALL = [
-    *("student.arch=vit_tiny", "student.depth=1", "student.patch_size=8", "student.drop_path_rate=0"),
+    *("student.depth=1", "student.patch_size=8", "student.drop_path_rate=0"),
     *("crops.global_crops_size=32", "crops.local_crops_size=16", "crops.local_crops_number=2"),
     *(
         "dino.koleo_loss_weight=0",
@@ -52,9 +53,14 @@ SMALL = [
 ]
 
 
+def small(recipe: str, *overrides: str) -> Config:
+    arch = load_config(recipe).student.arch
+    arch = "resnet18" if arch.startswith("resnet") else "vit_tiny"
+    return load_config(recipe, [*SMALL, f"student.arch={arch}", *overrides])
+
+
 def train(recipe: str, folder: Path, batch_size: int, *overrides: str) -> None:
-    config = load_config(recipe, [*SMALL, f"train.batch_size_per_gpu={batch_size}", *overrides])
-    do_train(config, folder)
+    do_train(small(recipe, f"train.batch_size_per_gpu={batch_size}", *overrides), folder)
 
 
 def teacher(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
@@ -235,34 +241,44 @@ def test_a_nan_on_one_process_stops_both_with_the_term(tmp_path):
 
 
 def train_with_nan(folder: Path) -> None:
-    original, calls = ReconstructionObjective.forward, []
+    original, calls = Reconstruction.forward, []
 
     def forward(self, *args):
         calls.append(None)
         term = original(self, *args)
         return term._replace(loss=term.loss * float("nan")) if get_rank() == 1 and len(calls) == 3 else term
 
-    ReconstructionObjective.forward = forward
+    Reconstruction.forward = forward
     train("debug", folder, 2)
 
 
-def method(config: Config) -> tuple[str, str]:
+def method(config: Config) -> tuple[str, str, str, str]:
+    losses = " ".join(name for name in ("dino", "ibot") if getattr(config, name).loss_weight > 0)
+    backbone = "resnet" if config.student.arch.startswith("resnet") else "transformer"
     task = config.equivariance
-    if not task.enabled:
-        return config.train.centering, "nothing"
-    return config.train.centering, task.decoder if task.loss_weight else "control"
+    rebuilt = (task.decoder if task.loss_weight else "control") if task.enabled else "nothing"
+    return losses, config.train.centering, backbone, rebuilt
 
 
 @pytest.mark.parametrize("recipe", METHODS.values())
 def test_every_method(tmp_path, recipe):
     train(recipe, tmp_path / "one", 4)
     run_ranks(train, 2, recipe, tmp_path / "two", 2)
-    require_equal(tmp_path / "two", tmp_path / "one")
+    if not recipe.rpartition("/")[2].startswith("simclr"):
+        require_equal(tmp_path / "two", tmp_path / "one")
+        return
+    # In front of batch normalisation biases have no gradient but rounding errors, which Adam makes as large as any.
+    first, others = (metrics(tmp_path / name) for name in ("two", "one"))
+    for name, value in first[0].items():
+        if name.startswith(("loss/", "grad_norm/")):
+            assert value == pytest.approx(others[0][name], rel=1e-4), name
+    for ours, theirs in zip(first, others, strict=True):
+        assert ours["total_loss"] == pytest.approx(theirs["total_loss"], rel=5e-3)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_takes_steps_and_has_one_of_these_methods(tmp_path, recipe):
-    config = load_config(recipe, [*SMALL, "optim.steps=2", "train.batch_size_per_gpu=2"])
+    config = small(recipe, "optim.steps=2", "train.batch_size_per_gpu=2")
     do_train(config, tmp_path)
     assert len(metrics(tmp_path)) == 2
     assert METHODS[method(config)] == recipe or recipe not in METHODS.values()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinov2_eq.config.schema import Config
+from dinov2_eq.config.schema import default_config
 from dinov2_eq.files import disk_errors_explained
 from dinov2_eq.train.run_folder import write_teacher
 from tests.disks import FILLER, mounted_disk, remount
@@ -107,7 +107,7 @@ def test_the_disk_of_the_run_is_full(run, uninterrupted):
 def test_the_teacher_does_not_fit_on_the_disk(tmp_path):
     with mounted_disk(tmp_path / "run", megabytes=1) as disk:
         with pytest.raises(OSError, match="run cannot be written any more: No space left"), disk_errors_explained(disk):
-            write_teacher(disk, torch.nn.Linear(1000, 1000), Config(), step=1)
+            write_teacher(disk, torch.nn.Linear(1000, 1000), default_config(), step=1)
         assert not list(disk.rglob("*.pth"))
 
 

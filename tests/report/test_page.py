@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from dinov2_eq.config.schema import Config
+from dinov2_eq.config.schema import default_config
 from dinov2_eq.report import load_runs, render_page
 from tests.browser import needs_browser, opened, require_sound
 from tests.report.reading import Page
@@ -21,7 +21,7 @@ STEPS = (0, 50, 100)
 
 def write_run(folder: Path, *, enabled: bool = True, loss_weight: float = 1.0, evaluated: bool = True) -> Path:
     """A run folder as training and evaluations leave it, with two 16-pixel images and K = 2."""
-    config = Config()
+    config = default_config()
     config.equivariance.transform = "a_module_that_is_not_here:Gamma"
     config.equivariance.enabled, config.equivariance.loss_weight = enabled, loss_weight
     (folder / "samples").mkdir(parents=True)
@@ -149,7 +149,7 @@ def test_parameters_are_named_where_the_samples_name_them(page_html: str) -> Non
 
 def test_a_run_that_only_began(tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
-    OmegaConf.save(Config(), tmp_path / "new/config.yaml")
+    OmegaConf.save(default_config(), tmp_path / "new/config.yaml")
     page = Page(render_page(load_runs([tmp_path / "new"]), {}))
     assert page.images == []
     for gap in ("nothing logged yet", "no k-NN results", "no samples", "no stored image", "no equivariance results"):

@@ -9,13 +9,13 @@ import torch
 from omegaconf import OmegaConf
 
 from dinov2_eq.config.load import load_config, to_yaml
-from dinov2_eq.config.schema import Config
+from dinov2_eq.config.schema import default_config
 from dinov2_eq.models import build_backbone
 from tools import report
 
 
 def write_run(folder: Path) -> None:
-    config = Config()
+    config = default_config()
     config.student.arch, config.student.patch_size, config.student.depth = "vit_tiny", 4, 1
     config.crops.global_crops_size = 16
     for subfolder in ("samples", "eval/training_5"):

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from dinov2_eq.config.schema import Config
+from dinov2_eq.config.schema import default_config
 from dinov2_eq.report.runs import COLORS, Snapshot, load_runs, load_snapshot
 
 
 def write_config(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    OmegaConf.save(Config(), folder / "config.yaml")
+    OmegaConf.save(default_config(), folder / "config.yaml")
     return folder
 
 

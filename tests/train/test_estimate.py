@@ -7,14 +7,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from dinov2_eq.config.load import load_config
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.models import build_backbone
+from dinov2_eq.models.vision_transformer import kept_per_token
 from dinov2_eq.train.build import (
     build_arch,
     build_make_views,
     build_optimizer,
+    build_schedules,
     build_train_loader,
-    num_reconstructed,
 )
-from dinov2_eq.train.estimate import GIB, count_parameters, estimate_memory, kept_per_token, largest_unit, plan
+from dinov2_eq.train.estimate import GIB, count_parameters, estimate_memory, largest_unit, plan
 from tests.helpers import tiny_config
 
 META = torch.device("meta")
@@ -73,21 +74,16 @@ def test_activations_of_a_forward(decoder, patch_size):
     )
     arch = build_arch(config, torch.device("cpu"))
     batch = next(iter(build_train_loader(config, build_dataset(config.train.dataset_path), 0, 0)))
-    views = build_make_views(config, num_reconstructed(config.equivariance))(batch)
-    with torch.no_grad():
-        teacher = arch.teacher(views.global_crops)
+    views = build_make_views(config)(batch)
+    scheduled = build_schedules(config).at(0)
     parameters = [*arch.student.parameters(), *arch.objectives.parameters()]
     estimate = estimate_memory(config, arch, half_precision=False)
 
     measured = {}
-    measured["backbone"], student = kept_bytes(
-        lambda: arch.student(views.global_crops, views.masks, views.local_crops), parameters
-    )
+    measured["backbone"], scene = kept_bytes(lambda: arch.encode(views, scheduled), parameters)
     for part, names in {"heads": ("dino", "ibot"), "decoders": ("reconstruction",)}.items():
         terms = [arch.objectives[name] for name in names]
-        measured[part], _ = kept_bytes(
-            lambda terms=terms: [term(student, teacher, views, 0.07) for term in terms], parameters
-        )
+        measured[part], _ = kept_bytes(lambda terms=terms: [term(scene) for term in terms], parameters)
     for part, size in measured.items():
         assert estimate[part] * GIB == pytest.approx(size, rel=0.15), part
 

@@ -19,7 +19,7 @@ def modules():
 
 @pytest.fixture(scope="module")
 def groups(modules):
-    groups = build_param_groups(modules, depth=24, layerwise_decay=0.9, patch_embed_lr_mult=0.2)
+    groups = build_param_groups(modules, layerwise_decay=0.9, patch_embed_lr_mult=0.2)
     names = {id(p): f"{m}.{n}" for m, module in modules.items() for n, p in module.named_parameters()}
     return {names[id(parameter)]: group for group in groups for parameter in group["params"]}
 

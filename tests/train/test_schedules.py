@@ -4,26 +4,25 @@ import math
 
 import pytest
 
+from dinov2_eq.settings import OptimConfig, TeacherConfig
 from dinov2_eq.train.schedules import Schedules, scaled_lr
 
 
 def schedules(**changes):
-    values = {
-        "steps": 100,
-        "lr": 1.0,
-        "min_lr": 0.1,
-        "warmup_steps": 20,
-        "freeze_last_layer_steps": 5,
-        "freeze_backbone_steps": 10,
-        "weight_decay": 0.04,
-        "weight_decay_end": 0.4,
-        "momentum_teacher": 0.9,
-        "final_momentum_teacher": 1.0,
-        "warmup_teacher_temp": 0.04,
-        "teacher_temp": 0.07,
-        "warmup_teacher_temp_steps": 30,
-    }
-    return Schedules(**(values | changes))
+    optim = OptimConfig(
+        steps=100,
+        min_lr=0.1,
+        warmup_steps=20,
+        freeze_last_layer_steps=5,
+        freeze_backbone_steps=10,
+        weight_decay=0.04,
+        weight_decay_end=0.4,
+    )
+    teacher = TeacherConfig(0.9, 1.0, 0.04, 0.07, warmup_teacher_temp_steps=30)
+    for section in (optim, teacher):
+        known = {name: value for name, value in changes.items() if hasattr(section, name)}
+        vars(section).update(known)
+    return Schedules(optim, teacher, lr=1.0)
 
 
 def cosine(start, end, share):

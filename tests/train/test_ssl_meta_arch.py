@@ -4,15 +4,19 @@ import pytest
 import torch
 
 from dinov2_eq.data.datasets import build_dataset
-from dinov2_eq.loss import centered_softmax, dino_loss, ibot_loss, koleo_loss
+from dinov2_eq.equivariance.transforms import build_transform
+from dinov2_eq.objectives.dino import dino_loss
+from dinov2_eq.objectives.ibot import ibot_loss
+from dinov2_eq.objectives.koleo import koleo_loss
+from dinov2_eq.objectives.targets import centered_softmax
 from dinov2_eq.train.build import (
     build_arch,
     build_make_views,
     build_optimizer,
     build_schedules,
     build_train_loader,
-    num_reconstructed,
 )
+from dinov2_eq.types import GLOBAL, LOCAL
 from tests.helpers import tiny_config
 
 CPU = torch.device("cpu")
@@ -20,7 +24,7 @@ CPU = torch.device("cpu")
 
 def one_batch(config):
     batch = next(iter(build_train_loader(config, build_dataset(config.train.dataset_path), 0, 0)))
-    return build_make_views(config, num_reconstructed(config.equivariance))(batch)
+    return build_make_views(config)(batch)
 
 
 def forward(config, batch=None):
@@ -38,22 +42,23 @@ def test_a_disabled_task_is_the_plain_base_method():
     config = tiny_config("equivariance.enabled=false", "student.drop_path_rate=0")
     batch = one_batch(config)
     arch, output = forward(config, batch)
-    assert set(arch.trainable_modules()) == {"backbone", "dino_head"} and len(batch.intermediate_targets) == 0
+    assert set(arch.trainable_modules()) == {"backbone", "dino_head"} and len(batch.targets) == 0
 
     student, teacher = (side["backbone"] for side in (arch.student, arch.teacher))
     head, teacher_head = (side["dino_head"] for side in (arch.student, arch.teacher))
     temp, center = build_schedules(config).at(4).teacher_temp, torch.zeros(128)
     seen, targets = [], []
-    for view, masks in zip(batch.global_crops, batch.masks, strict=True):
+    images, all_masks = batch.groups[GLOBAL].images, batch.groups[GLOBAL].masks
+    for view, masks in zip(images, all_masks, strict=True):
         seen.append((student.forward_features(view, masks), teacher.forward_features(view)))
         targets.append(centered_softmax(teacher_head(seen[-1][1]["x_norm_clstoken"]), center, temp))
     logits = [head(ours["x_norm_clstoken"]) for ours, _ in seen]
-    logits += [head(student.forward_features(crop)["x_norm_clstoken"]) for crop in batch.local_crops]
+    logits += [head(student.forward_features(crop)["x_norm_clstoken"]) for crop in batch.groups[LOCAL].images]
     masked = [
         (head(ours["x_norm_patchtokens"][masks]), teacher_head(theirs["x_norm_patchtokens"][masks]))
-        for (ours, theirs), masks in zip(seen, batch.masks, strict=True)
+        for (ours, theirs), masks in zip(seen, all_masks, strict=True)
     ]
-    weights = torch.cat([(1 / masks.sum(1).clamp(min=1))[:, None].expand_as(masks)[masks] for masks in batch.masks])
+    weights = torch.cat([(1 / masks.sum(1).clamp(min=1))[:, None].expand_as(masks)[masks] for masks in all_masks])
     expected = {
         "dino": dino_loss(torch.stack(logits), torch.stack(targets)),
         "koleo": sum(koleo_loss(ours["x_norm_clstoken"]) for ours, _ in seen),
@@ -61,7 +66,7 @@ def test_a_disabled_task_is_the_plain_base_method():
             torch.cat([ours for ours, _ in masked]),
             centered_softmax(torch.cat([theirs for _, theirs in masked]), center, temp),
             weights,
-            num_crops=2 * batch.masks.shape[1],
+            num_crops=2 * all_masks.shape[1],
         ),
     }
     torch.testing.assert_close(output.losses, expected)
@@ -92,8 +97,8 @@ def test_the_control_transforms_and_splits_but_rebuilds_nothing():
     batch, task_batch = one_batch(config), one_batch(tiny_config())
     arch, output = forward(config)
     assert set(output.losses) == {"dino", "koleo", "ibot"} and "projection" in arch.trainable_modules()
-    torch.testing.assert_close(batch.global_crops, task_batch.global_crops)
-    assert len(batch.intermediate_targets) == 0 and len(task_batch.intermediate_targets) == 2
+    torch.testing.assert_close(batch.groups[GLOBAL].images, task_batch.groups[GLOBAL].images)
+    assert len(batch.targets) == 0 and len(task_batch.targets) == 2
 
 
 def test_runs_with_and_without_the_task_begin_equal():
@@ -102,9 +107,9 @@ def test_runs_with_and_without_the_task_begin_equal():
     (task_arch, _), (plain_arch, _) = forward(task), forward(plain)
     torch.testing.assert_close(task_arch.student["backbone"].state_dict(), plain_arch.student["backbone"].state_dict())
     task_batch, plain_batch = one_batch(task), one_batch(plain)
-    torch.testing.assert_close(task_batch.global_crops[0], plain_batch.global_crops[0], rtol=0, atol=0)
-    torch.testing.assert_close(task_batch.local_crops, plain_batch.local_crops, rtol=0, atol=0)
-    assert torch.equal(task_batch.masks, plain_batch.masks)
+    assert torch.equal(task_batch.groups[GLOBAL].images[0], plain_batch.groups[GLOBAL].images[0])
+    assert torch.equal(task_batch.groups[LOCAL].images, plain_batch.groups[LOCAL].images)
+    assert torch.equal(task_batch.groups[GLOBAL].masks, plain_batch.groups[GLOBAL].masks)
 
 
 @pytest.mark.parametrize("num_intermediates", [1, 2, 3])
@@ -119,7 +124,18 @@ def test_any_number_of_intermediates(num_intermediates, decoder):
 @pytest.mark.parametrize("transform", ["rotation", "translation", "se2", "color_jitter", "blur"])
 @pytest.mark.parametrize("border", ["zeros", "canvas"])
 def test_every_transform_and_border(transform, border):
-    _, output = forward(tiny_config(f"equivariance.transform={transform}", f"equivariance.border={border}"))
+    """The second view and the targets are what the transform makes of the base view; black comes in with zeros only."""
+    overrides = [f"equivariance.transform={transform}", f"equivariance.border={border}"]
+    config = tiny_config(*overrides)
+    batch = next(iter(build_train_loader(config, build_dataset(config.train.dataset_path), 0, 0)))
+    views = build_make_views(config)(batch)
+    g = build_transform(transform)
+    assert batch.base_canvases.shape[-2:] == (g.canvas_size((32, 32)) if border == "canvas" else (32, 32))
+    still = build_make_views(config)(batch._replace(theta=torch.zeros_like(batch.theta)))
+    third = build_make_views(config)(batch._replace(theta=g.scaled(batch.theta, 1 / 3)))
+    torch.testing.assert_close(views.targets[0], third.groups[GLOBAL].images[1])
+    assert (views.groups[GLOBAL].images[1] - still.groups[GLOBAL].images[1]).abs().mean() > 1e-3
+    _, output = forward(config, views)
     assert torch.isfinite(output.total)
 
 

@@ -70,7 +70,8 @@ def train_until(config, folder, step, monkeypatch):
     "overrides",
     [
         [],
-        ["equivariance.enabled=false", "train.centering=sinkhorn_knopp"],
+        ["equivariance.enabled=false", "train.centering=sinkhorn_knopp", "dino.head_norm_last_layer=true"],
+        ["equivariance.loss_weight=0", "optim.clip_grad_per=tensor"],
         ["train.batch_size_per_gpu=2", "train.accumulation_steps=2", "train.num_workers=1"],
     ],
 )
@@ -98,7 +99,7 @@ def test_updates_are_computed_as_this_start_does(finished, tmp_path, monkeypatch
         return optimizers[-1]
 
     for fused, train in ((None, partial(train_until, step=4, monkeypatch=monkeypatch)), (True, do_train)):
-        monkeypatch.setattr("dinov2_eq.train.train.build_optimizer", partial(build, fused))
+        monkeypatch.setattr("dinov2_eq.train.build.build_optimizer", partial(build, fused))
         train(config, tmp_path)
     assert [{group["fused"] for group in optimizer.param_groups} for optimizer in optimizers] == [{None}, {True}]
     torch.testing.assert_close(teacher(tmp_path)["teacher"], teacher(finished())["teacher"], rtol=0, atol=1e-5)

@@ -1,8 +1,8 @@
-"""The DINO loss between class tokens (Caron et al., arXiv 2104.14294) and the teacher targets it compares with."""
+"""The teacher's logits as targets: centring (DINO) or Sinkhorn-Knopp (SwAV)."""
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinov2_eq.distributed import all_reduce_sum, get_rank, get_world_size
 
@@ -53,30 +53,48 @@ def sinkhorn_knopp(logits: Tensor, temp: float, num_iterations: int = 3) -> Tens
     return targets
 
 
-def dino_loss(student_logits: Tensor, teacher_probs: Tensor, student_temp: float = 0.1) -> Tensor:
-    """Cross-entropy between each global crop of the teacher and each other crop of the student.
+class Centering(nn.Module):
+    """softmax((logits - centre) / temperature); the centre is a moving average of the batch means.
 
-    terms = []
-    for g in range(G):
-        for v in range(V):
-            if v != g:                                            # v < G is the same crop on both sides
-                log_probs = log_softmax(student_logits[v] / student_temp)
-                terms.append(-(teacher_probs[g] * log_probs).sum(-1).mean())
-    return mean(terms)
-
-    Args:
-        student_logits: [V, B, P], the G global crops first.
-        teacher_probs: [G, B, P], each row sums to 1.
-
-    Raises:
-        ValueError: a single crop on both sides, so that there is no pair.
+    A step's logits move the centre only when the step ends, over all its forwards and processes at once.
     """
-    num_student, num_teacher, batch = len(student_logits), len(teacher_probs), student_logits.shape[1]
-    num_pairs = num_student * num_teacher - min(num_student, num_teacher)
-    if not num_pairs:
-        raise ValueError("dino_loss compares different crops of an image, and 1 crop was given on both sides; give 2")
-    log_probs = F.log_softmax(student_logits.float() / student_temp, dim=-1)  # [V, B, P]
-    with torch.autocast(student_logits.device.type, enabled=False):
-        products = torch.einsum("gbp,vbp->gv", teacher_probs.float(), log_probs)  # [G, V]
-    same_crop = torch.eye(num_teacher, num_student, dtype=torch.bool, device=products.device)
-    return -products.masked_fill(same_crop, 0.0).sum() / (num_pairs * batch)
+
+    def __init__(self, num_prototypes: int, momentum: float = 0.9) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("center", torch.zeros(num_prototypes))
+        self.register_buffer("step_sum", torch.zeros(num_prototypes), persistent=False)
+        self.register_buffer("step_count", torch.zeros(()), persistent=False)
+
+    def forward(self, logits: Tensor, temperature: float, seen: Tensor | None = None) -> Tensor:
+        """Turns logits [..., P] into probabilities [..., P] in float32.
+
+        Args:
+            seen: logits [..., P] that move the centre in place of `logits`.
+        """
+        rows = (logits if seen is None else seen).flatten(0, -2).float()
+        self.step_sum += rows.sum(0)
+        self.step_count += len(rows)
+        return centered_softmax(logits, self.center, temperature)
+
+    def end_step(self) -> None:
+        total, count = all_reduce_sum(self.step_sum), all_reduce_sum(self.step_count)
+        moved = self.center.lerp(total / count, 1 - self.momentum)
+        self.center.copy_(torch.where(count > 0, moved, self.center))  # a step may have no masked patch at all
+        self.step_sum.zero_()
+        self.step_count.zero_()
+
+
+class SinkhornKnopp(nn.Module):
+    """Targets that use every prototype equally often within the batch."""
+
+    def forward(self, logits: Tensor, temperature: float, seen: Tensor | None = None) -> Tensor:
+        """Turns logits [..., P] into probabilities [..., P] in float32; all rows are assigned jointly."""
+        return sinkhorn_knopp(logits.flatten(0, -2), temperature).view(logits.shape)
+
+    def end_step(self) -> None:
+        pass
+
+
+def build_targets(centering: str, num_prototypes: int) -> nn.Module:
+    return {"centering": lambda: Centering(num_prototypes), "sinkhorn_knopp": SinkhornKnopp}[centering]()

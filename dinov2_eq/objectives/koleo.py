@@ -4,7 +4,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2_eq.objectives.base import Objective
+from dinov2_eq.types import GLOBAL, Scene, Term
+
 EPS = 1e-8
+
+
+class KoLeo(Objective):
+    """KoLeo on the class tokens of the student, view by view."""
+
+    def forward(self, scene: Scene) -> Term:
+        views = scene.student.invariant(scene.student.tokens[GLOBAL].cls)  # [2, B, D]
+        return Term(sum(koleo_loss(view) for view in views), {})
 
 
 def koleo_loss(features: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dinov2_eq.loss import koleo_loss
+from dinov2_eq.objectives.koleo import koleo_loss
 
 
 def test_against_loop():

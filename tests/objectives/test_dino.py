@@ -4,7 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinov2_eq.loss import centered_softmax, dino_loss, sinkhorn_knopp
+from dinov2_eq.objectives.dino import dino_loss
+from dinov2_eq.objectives.targets import centered_softmax, sinkhorn_knopp
 from tests.processes import run_ranks
 
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from dinov2_eq.loss import ibot_loss, sinkhorn_knopp
+from dinov2_eq.objectives.ibot import ibot_loss
+from dinov2_eq.objectives.targets import sinkhorn_knopp
 
 
 def test_against_loop_over_crops():

@@ -1,0 +1,85 @@
+"""Where the second view of an image comes from, and what links it to the first."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dinov2_eq.equivariance.transforms import Transform
+from dinov2_eq.types import Drawn
+
+BORDERS = ("zeros", "canvas")
+
+
+class Pairing(ABC):
+    """A way to make views from a base view u, each at a fraction of the drawn parameters theta."""
+
+    components: tuple[str, ...] = ()  # names of the A parameters in theta
+    second: float = 0.0  # fraction of theta at which the second global view lies
+
+    @abstractmethod
+    def canvas_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Returns (Hc, Wc) of the pixels around a base view of `size` that `path` needs."""
+
+    @abstractmethod
+    def draw(self, generator: torch.Generator) -> Drawn:
+        """Draws theta [A] for one image."""
+
+    @abstractmethod
+    def path(self, canvases: Tensor, theta: Tensor, fractions: Sequence[float], size: tuple[int, int]) -> Tensor:
+        """Makes the views at the fractions of theta.
+
+        Args:
+            canvases: [B, C, Hc, Wc] in [0, 1].
+            theta: [B, A].
+            size: (H, W) of the views.
+
+        Returns:
+            [F, B, C, H, W]
+        """
+
+
+class NoPairing(Pairing):
+    """The second view is another crop of the image, and nothing is known of what links them."""
+
+    def canvas_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        return size
+
+    def draw(self, generator: torch.Generator) -> Drawn:
+        return Drawn(torch.zeros(0), known=False)
+
+    def path(self, canvases: Tensor, theta: Tensor, fractions: Sequence[float], size: tuple[int, int]) -> Tensor:
+        return canvases.expand(len(fractions), *canvases.shape)
+
+
+class TransformPairing(Pairing):
+    """View at fraction f: g with parameters f * theta, in one resampling of u (arXiv 2503.18753, section 3).
+
+    Args:
+        transform: g.
+        border: "canvas": real pixels around u wherever the transform brings them in; "zeros": black.
+        second: fraction of theta at which the second global view lies: 1 for v2 = g_theta(u), 0 for u.
+
+    Raises:
+        ValueError: unknown `border`.
+    """
+
+    def __init__(self, transform: Transform, border: str, second: float = 1.0) -> None:
+        if border not in BORDERS:
+            raise ValueError(f"equivariance.border={border!r} is unknown; known are {', '.join(BORDERS)}.")
+        self.transform = transform
+        self.border = border
+        self.second = second
+        self.components = transform.components
+
+    def canvas_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        return self.transform.canvas_size(size) if self.border == "canvas" else size
+
+    def draw(self, generator: torch.Generator) -> Drawn:
+        return Drawn(self.transform.sample(1, generator)[0], known=True)
+
+    def path(self, canvases: Tensor, theta: Tensor, fractions: Sequence[float], size: tuple[int, int]) -> Tensor:
+        thetas = [theta if fraction == 1 else self.transform.scaled(theta, fraction) for fraction in fractions]
+        images = canvases.expand(len(fractions), *canvases.shape).flatten(0, 1)  # [F B, C, Hc, Wc]
+        return self.transform.apply(images, torch.cat(thetas), size).unflatten(0, (len(fractions), len(canvases)))

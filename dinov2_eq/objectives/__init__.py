@@ -1,0 +1,12 @@
+"""The methods: one file and one line each. The key is the section of the config."""
+
+from dinov2_eq.objectives.base import ObjectiveSettings
+from dinov2_eq.objectives.dino import DinoConfig
+from dinov2_eq.objectives.ibot import IbotConfig
+from dinov2_eq.objectives.reconstruction import EquivarianceConfig
+
+OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
+    "dino": DinoConfig,
+    "ibot": IbotConfig,
+    "equivariance": EquivarianceConfig,
+}

@@ -1,0 +1,122 @@
+"""What a loss term is, and what it asks of the rest: the seam that every method is built on.
+
+An objective owns its settings, its loss and the modules that nothing else uses. It says what it *needs*; data, networks
+and schedules supply exactly that, and nothing runs that no objective needs.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from dinov2_eq.equivariance.pairing import Pairing
+from dinov2_eq.types import PathViews, Scene, Term
+
+
+@dataclass(frozen=True)
+class MaskNeed:
+    """Patches that the student does not see; see `data.masking.BlockMasking`."""
+
+    ratio_min_max: tuple[float, float]  # share of the patches that a mask hides
+    sample_probability: float  # share of the global views that get a mask
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective must find in its `Scene`; the defaults ask for the two global views alone."""
+
+    teacher: bool = False
+    heads: Mapping[str, str] = field(default_factory=dict)  # module name -> section whose `build_head` makes it
+    local_crops: bool = False
+    masks: MaskNeed | None = None
+    pairing: Callable[[], Pairing] | None = None  # makes what says where the second view comes from
+    split: tuple[int, int] | None = None  # channels of the invariant and of the equivariant half of the tokens
+    targets: tuple[float, ...] = ()  # fractions of theta at which pixels are compared
+    shown: tuple[float, ...] = ()  # fractions of theta in pictures of the run, also of a control
+    path: PathViews | None = None  # views that the student encodes beside the global and local crops
+
+
+def union(needs: Mapping[str, Needs]) -> Needs:
+    """Joins what several objectives, by the name of their section, need.
+
+    Raises:
+        ValueError: two of them need different things of one kind, such as two kinds of masks.
+    """
+    heads = {name: section for need in needs.values() for name, section in need.heads.items()}
+    joined: dict[str, Any] = {"heads": heads}
+    for each in fields(Needs):
+        wanted = {name: getattr(need, each.name) for name, need in needs.items() if getattr(need, each.name)}
+        if each.name == "heads" or not wanted:
+            continue
+        first, *others = wanted.values()
+        if any(other != first for other in others):
+            names = " and ".join(wanted)
+            raise ValueError(f"{names} need different {each.name}; set the loss_weight of one of them to 0")
+        joined[each.name] = first
+    return Needs(**joined)
+
+
+class Context(NamedTuple):
+    """What an objective may depend on beside its own settings: sizes that other sections of the config decide."""
+
+    sections: Mapping[str, "ObjectiveSettings"]  # all objectives', for one that shares another's head
+    image_size: int  # side of a global view in pixels
+    patch_size: int  # pixels
+    grid: tuple[int, int]  # patches of a global view
+    batch_size: int  # images in one forward of one process
+    step_images: int  # images of one process in one optimizer step
+    attention: str  # see `layers.attention.choose_backend`
+    centering: str  # see `objectives.targets.build_targets`
+    seed: int
+
+
+class Objective(nn.Module, ABC):
+    """One loss term and the modules that only it uses (decoders, projectors, centres), which train with the student."""
+
+    @abstractmethod
+    def forward(self, scene: Scene) -> Term:
+        """Returns the unweighted loss of a batch."""
+
+    def end_step(self) -> None:
+        """Runs once after every optimizer step, for whatever moves once per step whatever the accumulation."""
+
+    def pictures(self, scene: Scene) -> dict[str, Any]:
+        """Returns images to show, normalised [..., 3, H, W] by name, such as reconstructions."""
+        return {}
+
+
+class ObjectiveSettings(ABC):
+    """Base of a section of the config that belongs to a method: a dataclass of `setting`s, and what follows from them.
+
+    A section has one loss, or several that share it (DINO and KoLeo in DINOv2's "dino").
+    """
+
+    @abstractmethod
+    def weights(self) -> dict[str, float]:
+        """Returns the weight of each loss of this section by name; a loss of weight 0 is not built."""
+
+    @abstractmethod
+    def needs(self) -> Needs:
+        """Returns what the losses that are on need, and what the section asks for even without them."""
+
+    @abstractmethod
+    def build(self, loss: str, context: Context, dim: int) -> Objective:
+        """Returns the objective of one of the losses; `dim` channels are the invariant part of a token."""
+
+    def build_head(self, in_dim: int) -> nn.Module:
+        """Returns a new head, for the student or the teacher."""
+        raise NotImplementedError
+
+    def is_used(self) -> bool:
+        """Whether the section has any effect; the values of one without are not checked."""
+        return True
+
+    def problems(self, section: str, context: Context) -> Iterator[str]:
+        """Yields a sentence, with key, value and remedy, for each combination that cannot run."""
+        yield from ()
+
+    def cautions(self, section: str, context: Context) -> Iterator[str]:
+        """Yields a sentence, with value and remedy, for each setting that can run but trains nothing useful."""
+        yield from ()

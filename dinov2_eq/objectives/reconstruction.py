@@ -1,0 +1,183 @@
+"""The equivariance task: rebuild K images between u and g_theta(u) from the equivariant tokens of v1 and g_theta(u).
+
+L_recon = (1 / K) sum_k mean((u_hat_k - u_k)^2), k = 1..K (Wang et al., arXiv 2503.18753, section 3).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2_eq.equivariance.decoders import DECODERS, HEAD_DIM, build_decoder
+from dinov2_eq.equivariance.pairing import BORDERS, TransformPairing
+from dinov2_eq.equivariance.transforms import Transform, build_transform
+from dinov2_eq.objectives.base import Context, Needs, Objective, ObjectiveSettings
+from dinov2_eq.settings import LARGEST_HUE, LOW_HIGH, setting
+from dinov2_eq.types import GLOBAL, NetworkOutput, Scene, Term
+
+
+@dataclass
+class EquivarianceConfig(ObjectiveSettings):
+    enabled: bool = setting(True, "false: nothing of the task is built and the run is the plain base method")
+    loss_weight: float = setting(
+        1.0,
+        "lambda in the total loss; 0: the control, transformed and split but nothing reconstructed",
+        interval="[0, inf)",
+    )
+    transform: str = setting("se2", "g: rotation, translation, se2, color_jitter, blur, or a registered name")
+    num_intermediates: int = setting(
+        2, "K: targets strictly between the base and the transformed view", interval="[0, inf)"
+    )
+    border: str = setting(
+        "canvas", "zeros: black outside the crop (the papers); canvas: real pixels around it", choices=BORDERS
+    )
+    patch_dim: int = setting(2048, "d_patch: width of the token projection", interval="[1, inf)")
+    equivariant_dim: int = setting(
+        512, "d_equi: channels of each projected token that only the decoders see", interval="[1, inf)"
+    )
+    decoder: str = setting("conv", "architecture of the decoders", choices=tuple(DECODERS))
+    decoder_dim: int = setting(256, "width of the decoder after its first layer", interval="[1, inf)")
+    decoder_depth: int = setting(2, "self-attention layers of the cross_attention decoder", interval="[0, inf)")
+    max_angle_deg: float = setting(45.0, "rotation is uniform in [-max, max] degrees", interval="[0, 180]")
+    max_shift: float = setting(
+        10 / 224,
+        "shifts are uniform in [-max, max], as a share of the side (the papers: 10 px of 224)",
+        interval="[0, 1)",
+    )
+    max_color: float = setting(
+        0.4, "brightness, contrast and saturation: factor 1 + uniform in [-max, max]", interval="[0, 1]"
+    )
+    max_hue: float = setting(0.1, "hue: uniform in [-max, max] turns", interval=f"[0, {LARGEST_HUE}]")
+    blur_sigma_min_max: list[float] = setting([0.1, 2.0], "sigma in pixels", interval="[0, inf)", elements=LOW_HIGH)
+
+    def is_used(self) -> bool:
+        return self.enabled
+
+    def weights(self) -> dict[str, float]:
+        return {"reconstruction": self.loss_weight if self.enabled else 0.0}
+
+    def needs(self) -> Needs:
+        if not self.enabled:
+            return Needs()
+        return Needs(
+            pairing=self.build_pairing,
+            split=(self.patch_dim - self.equivariant_dim, self.equivariant_dim),
+            targets=self.fractions() if self.loss_weight > 0 else (),
+            shown=self.fractions(),
+        )
+
+    def fractions(self) -> tuple[float, ...]:
+        """Returns k / (K + 1) for k = 1..K: where on the way from u to g_theta(u) the targets lie."""
+        steps = self.num_intermediates + 1
+        return tuple(step / steps for step in range(1, steps))
+
+    def build_pairing(self) -> TransformPairing:
+        """Returns the pairing of u and g_theta(u)."""
+        return TransformPairing(self.build_transform(), self.border)
+
+    def build_transform(self) -> Transform:
+        """Returns g."""
+        return build_transform(
+            self.transform,
+            max_angle_deg=self.max_angle_deg,
+            max_shift=self.max_shift,
+            max_color=self.max_color,
+            max_hue=self.max_hue,
+            blur_sigma_min_max=self.blur_sigma_min_max,
+        )
+
+    def build(self, loss: str, context: Context, dim: int) -> Objective:
+        decoders = [
+            build_decoder(
+                self.decoder,
+                equivariant_dim=self.equivariant_dim,
+                patch_size=context.patch_size,
+                dim=self.decoder_dim,
+                depth=self.decoder_depth,
+                attention=context.attention,
+            )
+            for _ in range(self.num_intermediates)
+        ]
+        return Reconstruction(decoders, context.patch_size)
+
+    def problems(self, section: str, context: Context) -> Iterator[str]:
+        if self.equivariant_dim >= self.patch_dim:
+            yield (
+                f"equivariance.equivariant_dim={self.equivariant_dim} must be less than "
+                f"equivariance.patch_dim={self.patch_dim}, or nothing is left for the base losses"
+            )
+        size, patch_size = context.image_size, context.patch_size
+        if self.loss_weight > 0 and size % patch_size:
+            yield (
+                f"crops.global_crops_size={size} is not made of whole patches of {patch_size} pixels, which the "
+                f"decoders rebuild; the nearest is {max(round(size / patch_size), 1) * patch_size}"
+            )
+        if self.num_intermediates == 0:
+            yield (
+                "equivariance.num_intermediates=0 must be at least 1; "
+                "for a run without reconstruction set equivariance.loss_weight=0 or equivariance.enabled=false"
+            )
+        if self.decoder == "cross_attention" and self.decoder_dim % HEAD_DIM:
+            yield (
+                f"equivariance.decoder_dim={self.decoder_dim} must be a multiple of {HEAD_DIM}, "
+                "the width of a head, for equivariance.decoder=cross_attention"
+            )
+
+    def cautions(self, section: str, context: Context) -> Iterator[str]:
+        transform = self.build_transform() if self.enabled else None
+        if transform is None or not (transform.low == transform.high).all():
+            return
+        values = zip(transform.components, transform.high.tolist(), strict=True)
+        ranges = ", ".join(f"{name} {value:g}" for name, value in values)
+        what = "does the same to every image" if transform.low.any() else "changes nothing"
+        yield (
+            f"equivariance.transform={self.transform} {what} ({ranges}), so there is nothing to keep. Widen its range, "
+            "or set equivariance.enabled=false"
+        )
+
+
+class Reconstruction(Objective):
+    """The mean error of K independent decoders, one for each intermediate target.
+
+    Args:
+        decoders: see `equivariance.decoders`.
+        patch_size: pixels.
+    """
+
+    def __init__(self, decoders: Sequence[nn.Module], patch_size: int) -> None:
+        super().__init__()
+        self.decoders = nn.ModuleList(decoders)
+        self.patch_size = patch_size
+
+    def reconstruct(self, student: NetworkOutput, size: Sequence[int]) -> Tensor:
+        """Returns u_hat_k for k = 1..K, [K, B, 3, H, W] in normalised pixel values, for views of `size` = (H, W)."""
+        anchor, transformed = student.equivariant(student.tokens[GLOBAL].patches)  # each [B, N, D_equi]
+        grid = (size[0] // self.patch_size, size[1] // self.patch_size)
+        return torch.stack([decoder(anchor, transformed, grid) for decoder in self.decoders])
+
+    def forward(self, scene: Scene) -> Term:
+        return Term(reconstruction_loss(self._of(scene), scene.views.targets), {})
+
+    def pictures(self, scene: Scene) -> dict[str, Tensor]:
+        return {"reconstructions": self._of(scene)}
+
+    def _of(self, scene: Scene) -> Tensor:
+        return self.reconstruct(scene.student, scene.views.groups[GLOBAL].images.shape[-2:])
+
+
+def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over the K intermediate targets, in float32.
+
+    Both are [K, B, C, H, W]. The mean runs over images, channels and pixels, and the targets are normalised with the
+    data's mean and standard deviation: predicting the mean colour everywhere costs about 1, whatever K and the image
+    size are. That fixes the meaning of lambda: at lambda = 1 a useless decoder weighs as much as one nat of the base
+    losses, which are cross-entropies of several nats.
+
+        loss = 0
+        for k in range(K):                       # one decoder for each intermediate target
+            loss += mse(predicted[k], target[k])
+        return loss / K
+    """
+    return F.mse_loss(predicted.float(), target.float())
