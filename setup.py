@@ -19,15 +19,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # The programs and recipes live at the top of a checkout and are installed below the package.
+    # Tools, recipes and weights live at the top of a checkout and are installed below the package.
     packages=[
         *find_packages(include=["dinov2_eq", "dinov2_eq.*"]),
-        "dinov2_eq.eval",
         "dinov2_eq.tools",
         "dinov2_eq.configs",
         "dinov2_eq.weights",
     ],
-    package_dir={f"dinov2_eq.{name}": name for name in ("eval", "tools", "configs", "weights")},
+    package_dir={f"dinov2_eq.{name}": name for name in ("tools", "configs", "weights")},
     package_data={
         "dinov2_eq.configs": ["train/*.yaml", "train/*/*.yaml"],
         "dinov2_eq.weights": ["*.json", "*.safetensors"],

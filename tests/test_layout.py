@@ -16,6 +16,7 @@ FLOORS = [
     {"objectives"},
     {"config"},
     {"train", "evaluation", "report", "hub"},
+    {"eval"},
     {"run"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
@@ -45,7 +46,7 @@ def test_the_library_imports_no_program_and_programs_not_each_other():
         for module in imported_modules(path):
             parts = module.split(".")
             assert parts[0] not in ("eval", "tools", "tests"), f"{path} imports {module}"
-            assert parts[:2] not in (["dinov2_eq", "eval"], ["dinov2_eq", "tools"]), f"{path} imports {module}"
+            assert parts[:2] != ["dinov2_eq", "tools"], f"{path} imports {module}"
 
 
 def test_no_file_grows_too_long():

@@ -6,11 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision import transforms
 
 from dinov2_eq.data.crops import crop_resized, draw_crop_box
-from dinov2_eq.data.datasets import DataError, ImageDataset, UnreadableImage
-from dinov2_eq.data.loaders import EvaluationSamples
+from dinov2_eq.data.datasets import ImageDataset
+from dinov2_eq.data.loaders import EvaluationSamples, read_to_evaluate
 from dinov2_eq.data.samplers import StreamSampler
 from dinov2_eq.data.seeding import Stream, torch_generator
 from dinov2_eq.data.workers import Loader
@@ -34,10 +33,7 @@ class RandomCrops(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, int]:
         position, number = place
-        try:
-            image = self.dataset.read(int(self.indices[number]))
-        except UnreadableImage as error:
-            raise DataError(f"Cannot evaluate on an image that cannot be read: {error}. Repair or remove it.") from None
+        image = read_to_evaluate(self.dataset, int(self.indices[number]))
         generator = torch_generator(Stream.SAMPLE, self.seed, position)
         pixels = crop_resized(image, draw_crop_box(image.size, CROP_SCALE, generator), (self.image_size,) * 2)
         if torch.rand(1, generator=generator).item() < FLIP_PROBABILITY:
@@ -82,26 +78,12 @@ def make_linear_loader(
     )
 
 
-class WholeImages(EvaluationSamples):
-    """Resizes the short side to S, where k-NN and linear heads see the centre of a larger image."""
-
-    def __init__(self, dataset: ImageDataset, image_size: int) -> None:
-        super().__init__(dataset, image_size)
-        self.preprocess = transforms.Compose(
-            [
-                transforms.Resize(image_size, interpolation=transforms.InterpolationMode.BICUBIC),
-                transforms.CenterCrop(image_size),
-                transforms.PILToTensor(),
-            ]
-        )
-
-
 def make_whole_image_loader(
     dataset: ImageDataset, indices: Sequence[int], image_size: int, batch_size: int, num_workers: int = 0
 ) -> DataLoader[Tensor]:
     """As `make_eval_loader`, in uint8, with the short side resized to S: DINOv2's images for logistic regression."""
     return Loader(
-        Subset(WholeImages(dataset, image_size), [int(index) for index in indices]),
+        Subset(EvaluationSamples(dataset, image_size, short_side=image_size), [int(index) for index in indices]),
         batch_size=batch_size,
         num_workers=num_workers,
     )

@@ -90,31 +90,40 @@ def to_device(batch: CollatedBatch, device: torch.device) -> CollatedBatch:
     return batch._replace(**{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
-class EvaluationSamples(Dataset[Tensor]):
-    """Images [3, S, S] uint8."""
+def resize_and_crop(short_side: int, size: int) -> transforms.Compose:
+    """Returns what resizes an image's short side (bicubic) and crops the centre: [3, size, size] uint8."""
+    bicubic = transforms.InterpolationMode.BICUBIC
+    return transforms.Compose(
+        [transforms.Resize(short_side, bicubic), transforms.CenterCrop(size), transforms.PILToTensor()]
+    )
 
-    def __init__(self, dataset: ImageDataset, image_size: int) -> None:
-        resize = image_size if image_size <= SMALL_IMAGE_SIZE else round(image_size * RESIZE_FACTOR)
+
+def read_to_evaluate(dataset: ImageDataset, index: int) -> Image.Image:
+    """Reads an image; raises DataError where it cannot be read, as an evaluation leaves none out."""
+    try:
+        return dataset.read(index)
+    except UnreadableImage as error:
+        raise DataError(f"Cannot evaluate on an image that cannot be read: {error}. Repair or remove it.") from None
+
+
+class EvaluationSamples(Dataset[Tensor]):
+    """Images [3, S, S] uint8, S = `image_size`.
+
+    Args:
+        short_side: pixels before the crop; None: those that `make_eval_loader` says.
+    """
+
+    def __init__(self, dataset: ImageDataset, image_size: int, short_side: int | None = None) -> None:
+        if short_side is None:
+            short_side = image_size if image_size <= SMALL_IMAGE_SIZE else round(image_size * RESIZE_FACTOR)
         self.dataset = dataset
-        self.preprocess = transforms.Compose(
-            [
-                transforms.Resize(resize, interpolation=transforms.InterpolationMode.BICUBIC),
-                transforms.CenterCrop(image_size),
-                transforms.PILToTensor(),
-            ]
-        )
+        self.preprocess = resize_and_crop(short_side, image_size)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.preprocess(self._read(index))
-
-    def _read(self, index: int) -> Image.Image:
-        try:
-            return self.dataset.read(index)
-        except UnreadableImage as error:
-            raise DataError(f"Cannot evaluate on an image that cannot be read: {error}. Repair or remove it.") from None
+        return self.preprocess(read_to_evaluate(self.dataset, index))
 
 
 def make_eval_loader(

@@ -1,1 +1,18 @@
-"""Trained encoders, read from files, and the results of evaluating them."""
+"""The evaluations: one file and one line each. `dinov2-eq eval NAME`, `submit`, `eval all` and its tables read this."""
+
+from typing import NamedTuple
+
+
+class Program(NamedTuple):
+    module: str  # has build_parser() and main(argv)
+    summary: str  # for the list of commands
+
+
+EVALUATIONS: dict[str, Program] = {
+    "knn": Program("dinov2_eq.eval.knn", "k-NN classification with frozen features"),
+    "linear": Program("dinov2_eq.eval.linear", "linear classification with frozen features, DINOv2's grid of heads"),
+    "logreg": Program("dinov2_eq.eval.logreg", "logistic regression with frozen features"),
+    "equivariance": Program(
+        "dinov2_eq.eval.equivariance", "how well frozen features tell how an image was transformed"
+    ),
+}

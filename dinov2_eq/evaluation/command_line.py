@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 # Flags that name files, or say nothing about the numbers.
 NOT_PROTOCOL = (
-    *("encoder", "pretrained_weights", "output_dir", "dry_run"),
+    *("encoder", "pretrained_weights", "output_dir", "dry_run", "features_dir"),
     *("classifier_fpath", "val_class_mapping_fpath", "test_class_mapping_fpaths"),
 )
 SILENCE_LIMIT_S = 900.0  # one process may compute alone for four times as long, see `process_group`
@@ -67,6 +67,12 @@ def evaluation_parser(
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: the GPU, if any")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast of the backbone")
+    parser.add_argument(
+        "--features-dir",
+        type=Path,
+        metavar="DIR",
+        help="share features with other evaluations: they are read from there, or written; None: computed anew",
+    )
     parser.add_argument("--dry-run", action="store_true", help="look for weights and data, and exit")
     return parser
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_eq.config.load import load_config, to_dict
-from dinov2_eq.models import DinoVisionTransformer, build_backbone
-from dinov2_eq.models.convert import adapt, backbone_arguments, describe_misfit, infer_architecture, to_dinov2
+from dinov2_eq.models import BACKBONES, DinoVisionTransformer, build_backbone
+from dinov2_eq.models.convert import adapt, backbone_arguments, describe_misfit, infer_architecture
 from dinov2_eq.models.foreign_backbones import (
     IMAGENET_MEAN,
     IMAGENET_SIZE,
@@ -28,6 +28,7 @@ from dinov2_eq.settings import StudentConfig
 
 ADAPTABLE = {"pos_embed", "mask_token"}  # resized as the backbone would do it; not used in evaluations
 CHECKPOINTS = "eval/training_*/teacher_checkpoint.pth"
+ANY_TRANSFORMER = "vit_small"  # weights alone tell which one
 SEED = 0  # of random weights, where none is asked for
 RANDOM = re.compile(r"(?P<arch>\w+)/(?P<patch_size>\d+)(?:@(?P<img_size>\d+))?")
 
@@ -111,18 +112,19 @@ def fingerprint(backbone: nn.Module) -> str:
 
 def _load_file(source: str, path: Path, config_file: str | None) -> Encoder:
     content, own, step = read_checkpoint(path)
+    config = _choose_config(path, own, config_file) if own or config_file else {}
+    kind = BACKBONES.get(config.get("student", {}).get("arch"), BACKBONES[ANY_TRANSFORMER])
     try:
-        weights = to_dinov2(content)
+        weights = kind.weights_of(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if own or config_file:
-        config = _choose_config(path, own, config_file)
+    if config:
         settings = _encoder_settings(config)
         image_size, mean, std = settings["global_crops_size"], settings["mean"], settings["std"]
         untrained = partial(build_backbone, **settings["student"], img_size=image_size)
         details = {"student": config["student"], "equivariance": config.get("equivariance")}
     else:
-        config, details = {}, infer_architecture(weights) | {"in_chans": 3}  # as all images here are read
+        details = infer_architecture(weights) | {"in_chans": 3}  # as all images here are read
         largest = IMAGENET_SIZE // details["patch_size"] * details["patch_size"]
         image_size, mean, std = min(details["img_size"], largest), IMAGENET_MEAN, IMAGENET_STD
         untrained = partial(DinoVisionTransformer, **details)

@@ -1,9 +1,13 @@
 """Frozen features of datasets, computed by all processes of an evaluation together."""
 
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +15,9 @@ from torch import Tensor
 
 from dinov2_eq.data.labelled import LabelledImages
 from dinov2_eq.data.loaders import make_eval_loader
-from dinov2_eq.evaluation.encoder import Encoder
+from dinov2_eq.distributed import from_main_process, is_main_process
+from dinov2_eq.evaluation.encoder import Encoder, fingerprint
+from dinov2_eq.files import whole_file
 from dinov2_eq.logging import progress_bar
 from dinov2_eq.probes.features import block_features, encode_together, pooled_features
 
@@ -22,6 +28,36 @@ WHOLE = "short side to the input size, bicubic, centre crop"
 logger = logging.getLogger(__name__)
 
 
+class FeatureStore:
+    """Features of one encoder in files, for evaluations that read the same images.
+
+    A file is for the same weights, data string, images and preprocessing only. Data that change under one data string
+    are not noticed: remove the folder then.
+    """
+
+    def __init__(self, folder: Path, encoder: Encoder) -> None:
+        self.folder = folder
+        self.encoder = fingerprint(encoder.backbone)
+
+    def features(self, compute: Callable[[], Tensor], images: LabelledImages, **how: Any) -> Tensor:
+        """Returns what the store holds for these images and this way to read them, or computes and keeps it.
+
+        All processes must call it; `compute` gives the whole features in each of them.
+        """
+        key = json.dumps([self.encoder, images.dataset.data_string, len(images.dataset), how], default=str)
+        digest = hashlib.sha256(key.encode() + np.ascontiguousarray(images.indices).tobytes()).hexdigest()
+        path = self.folder / f"{digest}.pt"
+        if from_main_process(path.is_file):
+            logger.info("%s: features of %d images, computed before", images.dataset.data_string, len(images.indices))
+            return torch.load(path, weights_only=True)
+        features = compute()
+        if is_main_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as temporary, temporary.open("wb") as file:
+                torch.save(features, file)
+        return features
+
+
 class FeatureExtractor:
     """Features of one encoder, whose backbone moves to `device`; all processes call the methods together.
 
@@ -29,6 +65,7 @@ class FeatureExtractor:
         batch_size: images in one forward of one process.
         half_precision: run the backbone under bfloat16 autocast.
         make_loader: `make_eval_loader`, or `make_whole_image_loader`.
+        store: keeps pooled features for other evaluations; None: nothing is kept.
     """
 
     def __init__(
@@ -40,12 +77,14 @@ class FeatureExtractor:
         num_workers: int,
         half_precision: bool = False,
         make_loader: Callable[..., Iterable[Tensor]] = make_eval_loader,
+        store: FeatureStore | None = None,
     ) -> None:
         self.encoder = encoder
         self.device = device
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.make_loader = make_loader
+        self.store = store
         self._shared = {"mean": encoder.mean, "std": encoder.std, "half_precision": half_precision}
         encoder.backbone.to(device)
 
@@ -55,7 +94,12 @@ class FeatureExtractor:
         Raises:
             ValueError: features that are NaN or infinite, no images, or one that cannot be read.
         """
-        return self._extract(partial(pooled_features, self.encoder.backbone, mode=mode, **self._shared), images)
+        encode = partial(pooled_features, self.encoder.backbone, mode=mode, **self._shared)
+        compute = partial(self._extract, encode, images)
+        if self.store is None:
+            return compute()
+        size, loader = self.encoder.image_size, self.make_loader.__name__
+        return self.store.features(compute, images, mode=mode, size=size, loader=loader, **self._shared)
 
     def own_blocks(self, images: LabelledImages, num_blocks: int) -> Tensor:
         """`block_features` of this process's share of the images (see `own_share`), on the CPU; raises as `pooled`."""

@@ -12,20 +12,18 @@ import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
-from torchvision import transforms
 
 from dinov2_eq.data.datasets import ImageDataset
-from dinov2_eq.data.loaders import EvaluationSamples
+from dinov2_eq.data.loaders import EvaluationSamples, read_to_evaluate, resize_and_crop
 from dinov2_eq.data.workers import Loader
-from dinov2_eq.distributed import gather_rows, get_rank, get_world_size
+from dinov2_eq.distributed import gather_rows
 from dinov2_eq.equivariance.transforms import Transform
 from dinov2_eq.evaluation.encoder import Encoder
 from dinov2_eq.logging import progress_bar
-from dinov2_eq.probes.features import pooled_features, require_finite
+from dinov2_eq.probes.features import even_share, pooled_features, require_finite
 
 
 class Appearance(NamedTuple):
@@ -83,17 +81,11 @@ class SizedImages(EvaluationSamples):
 
     def __init__(self, dataset: ImageDataset, image_size: int, sides: Sequence[int]) -> None:
         super().__init__(dataset, image_size)
-        bicubic = transforms.InterpolationMode.BICUBIC
-        self.resize = {
-            side: transforms.Compose(
-                [transforms.Resize(side, bicubic), transforms.CenterCrop(side), transforms.PILToTensor()]
-            )
-            for side in sides
-        }
+        self.resize = {side: resize_and_crop(side, side) for side in sides}
         self.resize[image_size] = self.preprocess
 
     def __getitem__(self, index: int) -> dict[int, Tensor]:
-        image = self._read(index)
+        image = read_to_evaluate(self.dataset, index)
         return {side: resize(image) for side, resize in self.resize.items()}
 
 
@@ -148,8 +140,7 @@ def extract_pairs(
     num_images = len(indices)
     if not num_images:
         raise ValueError(f"{dataset.data_string!r} has no images to compute features of.")
-    share = -(-num_images // get_world_size())
-    own = np.resize(np.arange(num_images), (get_world_size(), share))[get_rank()]  # begins anew where they run out
+    own = even_share(num_images)
     size = next(iter(encoders.values())).image_size
     shown = list(dict.fromkeys([*(setting.appearance for setting in settings), *appearances]))
     loader = Loader(

@@ -65,10 +65,15 @@ def block_features(
         patch tokens of the last.
 
     Raises:
-        ValueError: the backbone has fewer than n blocks.
+        ValueError: the backbone has fewer than n blocks, or they differ in width, as the stages of a ResNet do.
     """
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=half_precision):
         blocks = backbone.get_intermediate_layers(_normalized(images, mean, std), num_blocks, return_class_token=True)
+    widths = [cls_token.shape[1] for _, cls_token in blocks]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"its last {num_blocks} stages have different widths, {widths}, so that heads cannot share them"
+        )
     parts = [cls_token for _, cls_token in blocks] + [blocks[-1][0].float().mean(dim=1)]
     return torch.cat([part.float() for part in parts], dim=1)
 
@@ -119,13 +124,17 @@ def encode_together(
     Raises:
         ValueError: no images, or features that are NaN or infinite.
     """
-    num_images, world_size = len(indices), get_world_size()
-    share = -(-num_images // world_size)
-    dealt = np.resize(indices, (world_size, share))  # begins anew where the images run out
-    own = encode_batches(encode, make_batches(dealt[get_rank()]), device)
+    num_images = len(indices)
+    own = encode_batches(encode, make_batches(indices[even_share(num_images)]), device)
     features = gather_rows(own)[:num_images] if gather else own[: len(indices[own_share(num_images)])]
     require_finite(features)
     return features
+
+
+def even_share(num_images: int) -> np.ndarray:
+    """Returns the places [share] of this process's images, as many in each: the last ones begin anew with the first."""
+    share = -(-num_images // get_world_size())
+    return np.resize(np.arange(num_images), (get_world_size(), share))[get_rank()]
 
 
 def own_share(num_images: int) -> slice:

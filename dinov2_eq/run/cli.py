@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from dinov2_eq import __version__
+from dinov2_eq.evaluation import EVALUATIONS
 from dinov2_eq.run.outcome import exit_code
 
 COMMANDS = {
     "train": ("dinov2_eq.train.train", "pretrain a backbone"),
     "submit": ("dinov2_eq.run.submit", "run train or an evaluation as a job on SLURM, or in processes here"),
-    "eval knn": ("dinov2_eq.eval.knn", "k-NN classification with frozen features"),
-    "eval linear": ("dinov2_eq.eval.linear", "linear classification with frozen features, DINOv2's grid of heads"),
-    "eval logreg": ("dinov2_eq.eval.logreg", "logistic regression with frozen features"),
-    "eval equivariance": ("dinov2_eq.eval.equivariance", "how well frozen features tell how an image was transformed"),
+    **{f"eval {name}": tuple(program) for name, program in EVALUATIONS.items()},
     "eval all": ("dinov2_eq.eval.all", "a list of evaluations over many encoders, and one table"),
     "doctor": ("dinov2_eq.tools.doctor", "what this machine, its network and a config need before a run"),
     "export": ("dinov2_eq.tools.export", "a run's backbone for timm, Hugging Face, ONNX and others, verified"),

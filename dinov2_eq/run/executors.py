@@ -15,7 +15,7 @@ from submitit.core.utils import FailedJobError
 from dinov2_eq.exits import STOPPED
 from dinov2_eq.run.job import Job
 
-PACKAGES = ("dinov2_eq", "dinov2_eq.eval", "dinov2_eq.tools", "dinov2_eq.configs")
+PACKAGES = ("dinov2_eq", "dinov2_eq.tools", "dinov2_eq.configs")
 
 
 class SlurmExecutor(submitit.SlurmExecutor):
@@ -89,7 +89,7 @@ def start_on_this_host(folder: Path, max_num_timeout: int, parameters: dict[str,
 def copy_code(folder: Path) -> None:
     """Copies this package to `folder`, laid out as installed: a queued job does not see what is changed later."""
     for package in PACKAGES:
-        (source,) = importlib.import_module(package).__path__
+        source = importlib.import_module(package).__path__[0]
         target = code_in(folder).joinpath(*package.split("."))
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
 
