@@ -4,9 +4,11 @@ from dinov2_eq.objectives.base import ObjectiveSettings
 from dinov2_eq.objectives.dino import DinoConfig
 from dinov2_eq.objectives.ibot import IbotConfig
 from dinov2_eq.objectives.reconstruction import EquivarianceConfig
+from dinov2_eq.objectives.simclr import SimclrConfig
 
 OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     "dino": DinoConfig,
     "ibot": IbotConfig,
+    "simclr": SimclrConfig,
     "equivariance": EquivarianceConfig,
 }

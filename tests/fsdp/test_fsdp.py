@@ -30,12 +30,15 @@ METHODS = {
     ("dino ibot", "sinkhorn_knopp", "transformer", "conv"): "cifar10/se2_conv_canvas",
     ("dino ibot", "sinkhorn_knopp", "transformer", "cross_attention"): "cifar10/rotation_cross_attention_zeros",
     ("dino", "centering", "transformer", "nothing"): "dino_vits16",
+    ("simclr", "centering", "transformer", "nothing"): "simclr_vits16",
+    ("simclr", "centering", "transformer", "conv"): "simclr_vits16_eq",
 }
 STEPS = 5
 # What makes any recipe small enough for a test, and leaves its method alone. KoLeo and stochastic depth look at the
 # images of one process, as in DINOv2, so they depend on how many there are.
 SMALL = [
     *("student.depth=1", "student.patch_size=8", "student.drop_path_rate=0"),
+    *("simclr.projector_hidden_dim=32", "simclr.projector_out_dim=16"),
     *("crops.global_crops_size=32", "crops.local_crops_size=16", "crops.local_crops_number=2"),
     *(
         "dino.koleo_loss_weight=0",
@@ -253,7 +256,7 @@ def train_with_nan(folder: Path) -> None:
 
 
 def method(config: Config) -> tuple[str, str, str, str]:
-    losses = " ".join(name for name in ("dino", "ibot") if getattr(config, name).loss_weight > 0)
+    losses = " ".join(name for name in ("dino", "ibot", "simclr") if getattr(config, name).loss_weight > 0)
     backbone = "resnet" if config.student.arch.startswith("resnet") else "transformer"
     task = config.equivariance
     rebuilt = (task.decoder if task.loss_weight else "control") if task.enabled else "nothing"

@@ -40,6 +40,13 @@ def test_recipes_need_none(recipe):
         ),
         (["train.batch_size_per_gpu=1"], "dino.koleo_loss_weight=0.1 has no effect with train.batch_size_per_gpu=1"),
         (["teacher.momentum_teacher=1"], "the teacher never moves"),
+        *(
+            (
+                [f"{name}.loss_weight=1", "train.batch_size_per_gpu=1", "dino.koleo_loss_weight=0"],
+                f"{name}: with train.b",
+            )
+            for name in ("simclr",)
+        ),
         (["optim.freeze_backbone_steps=6"], "optim.freeze_backbone_steps=6 of optim.steps=6: the backbone is never"),
         (["optim.freeze_last_layer_steps=6"], "the last layer of the heads is never trained"),
     ],
