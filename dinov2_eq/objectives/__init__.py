@@ -5,10 +5,12 @@ from dinov2_eq.objectives.dino import DinoConfig
 from dinov2_eq.objectives.ibot import IbotConfig
 from dinov2_eq.objectives.reconstruction import EquivarianceConfig
 from dinov2_eq.objectives.simclr import SimclrConfig
+from dinov2_eq.objectives.vicreg import VicregConfig
 
 OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     "dino": DinoConfig,
     "ibot": IbotConfig,
     "simclr": SimclrConfig,
+    "vicreg": VicregConfig,
     "equivariance": EquivarianceConfig,
 }

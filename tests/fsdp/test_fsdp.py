@@ -32,13 +32,15 @@ METHODS = {
     ("dino", "centering", "transformer", "nothing"): "dino_vits16",
     ("simclr", "centering", "transformer", "nothing"): "simclr_vits16",
     ("simclr", "centering", "transformer", "conv"): "simclr_vits16_eq",
+    ("vicreg", "centering", "transformer", "nothing"): "vicreg_vits16",
+    ("vicreg", "centering", "transformer", "conv"): "cifar10/vicreg_eq",
 }
 STEPS = 5
 # What makes any recipe small enough for a test, and leaves its method alone. KoLeo and stochastic depth look at the
 # images of one process, as in DINOv2, so they depend on how many there are.
 SMALL = [
     *("student.depth=1", "student.patch_size=8", "student.drop_path_rate=0"),
-    *("simclr.projector_hidden_dim=32", "simclr.projector_out_dim=16"),
+    *("simclr.projector_hidden_dim=32", "simclr.projector_out_dim=16", "vicreg.expander_dim=32"),
     *("crops.global_crops_size=32", "crops.local_crops_size=16", "crops.local_crops_number=2"),
     *(
         "dino.koleo_loss_weight=0",
@@ -256,7 +258,7 @@ def train_with_nan(folder: Path) -> None:
 
 
 def method(config: Config) -> tuple[str, str, str, str]:
-    losses = " ".join(name for name in ("dino", "ibot", "simclr") if getattr(config, name).loss_weight > 0)
+    losses = " ".join(name for name in ("dino", "ibot", "simclr", "vicreg") if getattr(config, name).loss_weight > 0)
     backbone = "resnet" if config.student.arch.startswith("resnet") else "transformer"
     task = config.equivariance
     rebuilt = (task.decoder if task.loss_weight else "control") if task.enabled else "nothing"
@@ -267,7 +269,7 @@ def method(config: Config) -> tuple[str, str, str, str]:
 def test_every_method(tmp_path, recipe):
     train(recipe, tmp_path / "one", 4)
     run_ranks(train, 2, recipe, tmp_path / "two", 2)
-    if not recipe.rpartition("/")[2].startswith("simclr"):
+    if not recipe.rpartition("/")[2].startswith(("simclr", "vicreg")):
         require_equal(tmp_path / "two", tmp_path / "one")
         return
     # In front of batch normalisation biases have no gradient but rounding errors, which Adam makes as large as any.

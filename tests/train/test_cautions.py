@@ -45,7 +45,7 @@ def test_recipes_need_none(recipe):
                 [f"{name}.loss_weight=1", "train.batch_size_per_gpu=1", "dino.koleo_loss_weight=0"],
                 f"{name}: with train.b",
             )
-            for name in ("simclr",)
+            for name in ("simclr", "vicreg")
         ),
         (["optim.freeze_backbone_steps=6"], "optim.freeze_backbone_steps=6 of optim.steps=6: the backbone is never"),
         (["optim.freeze_last_layer_steps=6"], "the last layer of the heads is never trained"),

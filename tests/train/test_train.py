@@ -74,6 +74,14 @@ def train_until(config, folder, step, monkeypatch):
         ["equivariance.loss_weight=0", "optim.clip_grad_per=tensor"],
         ["train.batch_size_per_gpu=2", "train.accumulation_steps=2", "train.num_workers=1"],
         ["dino.loss_weight=0", "dino.koleo_loss_weight=0", "ibot.loss_weight=0", "simclr.loss_weight=1"],
+        [
+            "dino.loss_weight=0",
+            "dino.koleo_loss_weight=0",
+            "ibot.loss_weight=0",
+            "vicreg.loss_weight=1",
+            "vicreg.expander_dim=32",
+            "student.patch_embed=conv",
+        ],
     ],
 )
 def test_three_plus_three_steps_equal_six(finished, tmp_path, monkeypatch, overrides):
