@@ -3,6 +3,7 @@
 from typing import Any
 
 from dinov2_eq.models.backbone import Backbone, BackboneKind
+from dinov2_eq.models.resnet import resnet
 from dinov2_eq.models.vision_transformer import ARCHS, DinoVisionTransformer, vit
 from dinov2_eq.settings import StudentConfig
 
@@ -10,6 +11,8 @@ __all__ = ["ARCHS", "BACKBONES", "DinoVisionTransformer", "build_backbone"]
 
 BACKBONES: dict[str, BackboneKind] = {
     **{name: vit(arch) for name, arch in ARCHS.items()},
+    "resnet18": resnet("resnet18"),
+    "resnet50": resnet("resnet50"),
 }
 
 

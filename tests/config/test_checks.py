@@ -91,6 +91,15 @@ def test_no_number_may_be_nan_or_infinite(wrong):
             check(config)
 
 
+def test_a_resnet_has_no_masks_and_takes_any_size():
+    plain = ["student.arch=resnet18", "equivariance.enabled=false"]
+    with pytest.raises(ValueError, match=r"ibot hides patches .* student.arch=resnet18 cannot do"):
+        load_config(None, plain)
+    load_config(None, [*plain, "ibot.loss_weight=0", "crops.global_crops_size=33"])
+    with pytest.raises(ValueError, match=r"crops.global_crops_size=48 is not made of whole patches of 32 pixels"):
+        load_config(None, ["student.arch=resnet18", "ibot.loss_weight=0", "crops.global_crops_size=48"])
+
+
 def test_two_objectives_cannot_need_different_masks():
     needs = {name: Needs(masks=MaskNeed((0.1, high), 0.5)) for name, high in (("ibot", 0.2), ("other", 0.3))}
     with pytest.raises(ValueError, match=r"ibot and other need different masks; set the loss_weight"):

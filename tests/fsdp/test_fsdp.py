@@ -32,8 +32,10 @@ METHODS = {
     ("dino", "centering", "transformer", "nothing"): "dino_vits16",
     ("simclr", "centering", "transformer", "nothing"): "simclr_vits16",
     ("simclr", "centering", "transformer", "conv"): "simclr_vits16_eq",
+    ("simclr", "centering", "resnet", "nothing"): "cifar10/simclr_resnet18",
     ("vicreg", "centering", "transformer", "nothing"): "vicreg_vits16",
     ("vicreg", "centering", "transformer", "conv"): "cifar10/vicreg_eq",
+    ("vicreg", "centering", "resnet", "nothing"): "vicreg_resnet50",
 }
 STEPS = 5
 # What makes any recipe small enough for a test, and leaves its method alone. KoLeo and stochastic depth look at the

@@ -82,6 +82,7 @@ def train_until(config, folder, step, monkeypatch):
             "vicreg.expander_dim=32",
             "student.patch_embed=conv",
         ],
+        ["student.arch=resnet18", "ibot.loss_weight=0", "equivariance.enabled=false"],
     ],
 )
 def test_three_plus_three_steps_equal_six(finished, tmp_path, monkeypatch, overrides):
