@@ -142,7 +142,7 @@ def check_types(values: Iterable[Any], kind: type | UnionType) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Of the bytes of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

@@ -45,7 +45,7 @@ def allowed(name: str, rule: Mapping[str, Any]) -> str:
 
 
 def written(value: object) -> str:
-    """As in YAML."""
+    """Returns a value as YAML writes it."""
     words = {None: "null", True: "true", False: "false", "": '""'}
     return words[value] if isinstance(value, (str, bool, type(None))) and value in words else str(value)
 

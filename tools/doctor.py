@@ -267,7 +267,7 @@ def check_interconnect(plan: Plan) -> Findings:
 
 
 def seconds_there_and_back(source: int, target: int, message: Tensor) -> float:
-    """Of a message from one process to another and back; means nothing on the others."""
+    """Returns the time of a message to another process and back; meaningless on the others."""
 
     def exchange() -> None:
         if get_rank() == source:

@@ -223,7 +223,7 @@ def largest_batches(name: str) -> list[dict[str, Any]]:
 
 
 def seconds_to_send(size: float, processes: int, bandwidth: float, collectives: int) -> float:
-    """Of `collectives` all-gathers or reduce-scatters of `size` bytes in all; an all-reduce is one of each."""
+    """Returns the time of all-gathers or reduce-scatters of `size` bytes in all; an all-reduce is one of each."""
     if processes == 1:
         return 0.0
     wire = size * (processes - 1) / processes / (bandwidth * ASSUMED["link_utilisation"])

@@ -183,7 +183,7 @@ def _weights(sources: Sequence[Source], last: Mapping[str, int]) -> Iterator[Rea
 
 
 def _of_parts(sources: Sequence[Source], last: Mapping[str, int]) -> tuple[list[Reading], dict[str, str]]:
-    """As `_meanings`, of the settings that DINOv2 has for each part."""
+    """Translates the settings that DINOv2 has for each part; returns what `_meanings` does."""
     readings, untranslated = [], {}
     for setting, (ours, meanings, default) in OF_PARTS.items():
         keys = [f"{part}.{setting}" for part in PARTS]

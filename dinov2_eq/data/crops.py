@@ -21,7 +21,7 @@ class Box(NamedTuple):
     height: float
 
     def enlarged(self, factor_width: float, factor_height: float) -> "Box":
-        """Around its centre."""
+        """Returns a box enlarged around the same centre."""
         width, height = self.width * factor_width, self.height * factor_height
         return Box(self.left - (width - self.width) / 2, self.top - (height - self.height) / 2, width, height)
 

@@ -81,7 +81,7 @@ def make_linear_loader(
 def make_whole_image_loader(
     dataset: ImageDataset, indices: Sequence[int], image_size: int, batch_size: int, num_workers: int = 0
 ) -> DataLoader[Tensor]:
-    """As `make_eval_loader`, in uint8, with the short side resized to S: DINOv2's images for logistic regression."""
+    """Makes a loader like `make_eval_loader`, in uint8 and with the short side resized to S, as in DINOv2's logreg."""
     return Loader(
         Subset(EvaluationSamples(dataset, image_size, short_side=image_size), [int(index) for index in indices]),
         batch_size=batch_size,

@@ -105,7 +105,7 @@ class Heartbeat:
             os._exit(PROCESS_LOST)
 
     def _take_leave(self, loss: Loss | None = None) -> None:
-        """Says that this process ends; the main one then waits, for 10 s at most, until all that answer said so."""
+        """Announces that this process ends; the main one then waits up to 10 s until all responsive ones have."""
         with suppress(dist.DistError):  # the host of the store may have left before
             self._store.set(f"left/{self.rank}", "")
             if self.rank == 0:  # it may be the host of the store that the others still ask

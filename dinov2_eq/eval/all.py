@@ -102,7 +102,7 @@ def shared_features(folders: Collection[Path]) -> Iterator[None]:
 
 
 def split_words(text: str) -> list[str]:
-    """As a shell does."""
+    """Splits flags as a shell does."""
     try:
         return shlex.split(text)
     except ValueError as error:

@@ -321,7 +321,7 @@ def split_rows(
 
 
 def describe_borders(settings: Sequence[Setting]) -> dict[str, dict[str, float]]:
-    """By task: the side that a canvas is read with, and the radius of the disc."""
+    """Returns, by task, the side that a canvas is read with and the radius of the disc."""
     looks = {border: {} for border in ("canvas", "masked")}
     for setting in settings:
         if setting.border in looks:

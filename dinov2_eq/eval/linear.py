@@ -104,7 +104,7 @@ class Reported(NamedTuple):
 
 
 def reported_sets(args: argparse.Namespace) -> dict[str, Reported]:
-    """By name: the validation set and then the test sets; the first of a name counts.
+    """Returns the validation set and then the test sets by name; the first of a name counts.
 
     Raises:
         ValueError: a flag does not have one value for each test set.
@@ -250,7 +250,7 @@ def read_images(
 
 
 def count_hits(grid: HeadGrid, images: LabelledImages, features: Tensor) -> ClassHits:
-    """Of all processes together; `features` are those of this one's share of the images."""
+    """Counts hits over all processes; `features` are those of this one's share of the images."""
     return grid.count_hits(features, images.labels[own_share(len(images.labels))], images.classes).summed()
 
 

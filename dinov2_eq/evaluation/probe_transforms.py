@@ -1,4 +1,4 @@
-"""The transforms that evaluations ask for: those of the training, and two that no training goes part of the way of."""
+"""The training transforms, plus crop and flip, which have no intermediate views."""
 
 import difflib
 import math

@@ -44,7 +44,7 @@ def write_results(path: Path, results: Mapping[str, Any]) -> Path:
 
 
 def publish(path: Path, results: Mapping[str, Any], table: str) -> None:
-    """On the main process: writes the results, and prints the table and where they are; raises as `write_results`."""
+    """Writes the results and prints the table and the path, on the main process; raises as `write_results`."""
     if is_main_process():
         write_results(path, results)
         print(table)

@@ -26,7 +26,7 @@ def name_sources(sources: Sequence[str]) -> list[str]:
 
 
 def name_encoders(sources: Sequence[str], encoders: Sequence[Encoder]) -> dict[str, Encoder]:
-    """By name; one alone is "trained", or "random-init" where nothing was loaded. Raises as `name_sources`."""
+    """Names encoders; one alone is "trained", or "random-init" where nothing was loaded. Raises as `name_sources`."""
     if len(encoders) == 1:
         return {UNTRAINED if is_untrained(encoders[0]) else TRAINED: encoders[0]}
     return dict(zip(name_sources(sources), encoders, strict=True))

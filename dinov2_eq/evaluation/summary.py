@@ -82,7 +82,7 @@ def write_summary(folder: Path, entries: Sequence[Entry]) -> Summary:
 
 
 def read_numbers(folder: Path) -> dict[str, float]:
-    """Of the results files in a folder.
+    """Reads the numbers of all results files in a folder.
 
     Raises:
         OSError, ValueError: one cannot be read, was cut off, or is not what an evaluation writes; names it.

@@ -184,7 +184,7 @@ def extract_pairs(
 
 
 def _select(features: Tensor, tokens: str) -> Tensor:
-    """Of [..., 2D]: the class token, the mean of the patch tokens, or both."""
+    """Returns the class token, the mean patch token or both, out of [..., 2D]."""
     cls_token, mean_patch = features.chunk(2, dim=-1)
     return {"cls": cls_token, "mean": mean_patch, "both": features}[tokens]
 

@@ -102,7 +102,7 @@ def _without_path(text: str) -> str:
 
 
 def _last_part(place: str) -> str:
-    """Of a path; a URL stays as it is."""
+    """Returns the last part of a path; a URL stays as it is."""
     return place if "://" in place else re.split(r"[/\\]", place.rstrip("/\\"))[-1]
 
 

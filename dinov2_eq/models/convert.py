@@ -69,8 +69,8 @@ def to_dinov2(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The backbone of a state dict or checkpoint, under the names of `DinoVisionTransformer`.
 
     Where a checkpoint holds several backbones, the teacher's is taken, else the moving average ("ema"). What belongs
-    to no backbone, heads for example, is left out and listed in the log; what is strange inside of it is kept, for
-    `adapt` to refuse. Modules that wrap another (torch.compile, DDP, ...) are not seen in the names. No tensor is
+    to no backbone, heads for example, is left out and listed in the log. Unknown tensors inside the backbone are kept,
+    so that `adapt` rejects them. Names of modules that wrap another (torch.compile, DDP, ...) are removed. No tensor is
     changed but for the class token's position, which timm adds up.
 
     Raises:
@@ -201,7 +201,7 @@ def _is_square(number: int) -> bool:
 
 
 def _side(table: Tensor) -> int:
-    """Of the square grid of patches that a position table is for."""
+    """Returns the side of the square grid of patches that a position table is for."""
     num_patches = table.shape[1] - 1
     if not _is_square(num_patches):
         raise ValueError(

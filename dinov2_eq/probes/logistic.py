@@ -68,7 +68,7 @@ def fit_logistic(
     unit = unit.to(dtype)
 
     def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        """Of the mean over images, as a function of weight / unit and bias, [C * (D + 1)]."""
+        """Returns the mean loss and its gradient for weight / unit and bias in one vector [C * (D + 1)]."""
         parameters = torch.from_numpy(flat).to(rows).view(num_classes, dim + 1)
         weight, bias = unit * parameters[:, :dim], parameters[:, dim]
         log_probs = torch.addmm(bias, rows, weight.T).log_softmax(dim=1)

@@ -170,5 +170,5 @@ def plan(
 
 
 def size_text(gib: float) -> str:
-    """For a person: "1.5 GiB", or "300 MiB"."""
+    """Returns a size for people to read: "1.5 GiB" or "300 MiB"."""
     return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"

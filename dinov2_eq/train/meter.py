@@ -45,14 +45,14 @@ class StepMeter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around whatever waits for data."""
+        """Counts the time spent inside as waiting for data."""
         asked = time.perf_counter()
         yield
         self._waited += time.perf_counter() - asked
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around whatever is not training: evaluation, pictures, checkpoints."""
+        """Leaves the time spent inside out of the speed: evaluation, pictures, checkpoints."""
         began = time.perf_counter()
         yield
         self._started += time.perf_counter() - began

@@ -117,7 +117,7 @@ class ClassTars(WebDataset):
 
 
 def _warn_of_others(where: str, tables: list[tuple[str, TarImages]]) -> None:
-    """Of what was left out in all tar files, and of samples with several images."""
+    """Logs what was left out in all tar files, and samples with several images."""
     left_out: Found = {}
     for shard, table in tables:
         for kind, (count, example) in table.left_out.items():
