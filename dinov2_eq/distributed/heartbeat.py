@@ -21,7 +21,7 @@ PERIOD_S = 2.0
 GRACE_S = 10.0  # how long the others may take to notice by themselves what one process has noticed
 
 
-class Loss(NamedTuple):
+class LostProcess(NamedTuple):
     """Which process is lost, and a sentence about it."""
 
     rank: int
@@ -65,7 +65,7 @@ class Heartbeat:
         self._beat()
         self._names = {rank: self._store.get(f"name/{rank}").decode() for rank in self.watched}
         host = self.store_host or self._names.get(0, self._name)
-        self._unreachable = Loss(0, f"{host} hosts the connection of all, and no longer answers")
+        self._unreachable = LostProcess(0, f"{host} hosts the connection of all, and no longer answers")
         if self.others:
             self._thread.start()
         return self
@@ -95,7 +95,7 @@ class Heartbeat:
         finally:
             limit.cancel()
 
-    def _end(self, loss: Loss) -> None:
+    def _end(self, loss: LostProcess) -> None:
         logger.error("%s. This process ends; start the run again, it goes on from its newest checkpoint", loss.text)
         try:
             if loss is not self._unreachable:
@@ -104,7 +104,7 @@ class Heartbeat:
         finally:
             os._exit(PROCESS_LOST)
 
-    def _take_leave(self, loss: Loss | None = None) -> None:
+    def _take_leave(self, loss: LostProcess | None = None) -> None:
         """Announces that this process ends; the main one then waits up to 10 s until all responsive ones have."""
         with suppress(dist.DistError):  # the host of the store may have left before
             self._store.set(f"left/{self.rank}", "")
@@ -121,7 +121,7 @@ class Heartbeat:
 
     def _complain(self, error: BaseException) -> None:
         """Tells the others, who end unless they leave by themselves for the same reason."""
-        complaint = Loss(self.rank, f"{self._name} stopped: {type(error).__name__}: {error}", silent=False)
+        complaint = LostProcess(self.rank, f"{self._name} stopped: {type(error).__name__}: {error}", silent=False)
         with suppress(dist.DistError):  # without a store there is nobody to tell
             self._store.compare_set("complaint", "", json.dumps(complaint))  # the first complaint stays
 
@@ -139,13 +139,13 @@ class Heartbeat:
                 return  # the main thread has the error in hand
             self._end(loss)
 
-    def _find_loss(self) -> Loss | None:
+    def _find_loss(self) -> LostProcess | None:
         if self._store.check(["loss"]):
-            return Loss(*json.loads(self._store.get("loss")))
+            return LostProcess(*json.loads(self._store.get("loss")))
         now = time.monotonic()
         complaint = None
         if self._store.check(["complaint"]):
-            complaint = Loss(*json.loads(self._store.get("complaint")))
+            complaint = LostProcess(*json.loads(self._store.get("complaint")))
             self._complained_s = self._complained_s or now
         for rank, count in zip(
             self.watched, self._store.multi_get([f"count/{rank}" for rank in self.watched]), strict=True
@@ -159,13 +159,13 @@ class Heartbeat:
             else:  # the process that complains is alive; another one's silence explains it
                 lost = rank != complaint.rank and now - max(since, self._complained_s) > GRACE_S
             if lost:
-                return self._announce(Loss(rank, f"{self._names[rank]} has been silent for {now - since:.0f} s"))
+                return self._announce(LostProcess(rank, f"{self._names[rank]} has been silent for {now - since:.0f} s"))
         if complaint is not None:
             left = self._store.check([f"left/{complaint.rank}"])  # then the fault was its own
             if now - self._complained_s > (PERIOD_S if left else 2 * GRACE_S):
                 return self._announce(complaint)
         return None
 
-    def _announce(self, loss: Loss) -> Loss:
+    def _announce(self, loss: LostProcess) -> LostProcess:
         """The first announcement stays: who made it has left, and a second would name that process instead."""
-        return Loss(*json.loads(self._store.compare_set("loss", "", json.dumps(loss))))
+        return LostProcess(*json.loads(self._store.compare_set("loss", "", json.dumps(loss))))

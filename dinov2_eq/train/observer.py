@@ -1,7 +1,7 @@
 """What a run shows while it trains: log lines, metrics, pictures, online k-NN, teacher checkpoints."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dinov2_eq.config.schema import Config
@@ -18,6 +18,8 @@ from dinov2_eq.train.step import Run
 
 logger = logging.getLogger(__name__)
 
+Action = Callable[[int], Mapping[str, float] | None]
+
 
 class Observer:
     """Looks at a run after each step and changes nothing in it."""
@@ -28,7 +30,7 @@ class Observer:
         start: int,
         log_period: int,
         metrics: MetricLogger | None,
-        actions: Mapping[Callable[[int], Mapping[str, float] | None], int],
+        actions: Sequence[tuple[int, Action]],
     ) -> None:
         """
         Args:
@@ -36,8 +38,8 @@ class Observer:
             start: steps done before this start of the run.
             log_period: steps between two log lines.
             metrics: None on all but the main process.
-            actions: functions of the finished steps, each with its period in steps; all are called at the end too. What
-                one returns is logged.
+            actions: periods in steps, and what is called with the number of finished steps; each is called at the end
+                too, and what it returns is logged.
         """
         self.steps = steps
         self.log_period = log_period
@@ -57,8 +59,8 @@ class Observer:
             self.act(done)
 
     def act(self, done: int) -> None:
-        """Every action that is due after `done` steps."""
-        for action, period in self.actions.items():
+        """Calls every action that is due after `done` steps."""
+        for period, action in self.actions:
             if done % period == 0 or done == self.steps:
                 self._log(done, action(done) or {})
 
@@ -77,7 +79,7 @@ def build_observer(
 ) -> Observer:
     """Builds what a run shows; `start` is the number of steps that an earlier start of the run has done."""
     evaluation, steps = config.evaluation, config.optim.steps
-    actions: dict[Callable[[int], Mapping[str, float] | None], int] = {}
+    actions: list[tuple[int, Action]] = []
     if knn:
         measured = first_value(folder, KNN_TOP1) if start and is_main_process() else []
 
@@ -93,16 +95,16 @@ def build_observer(
                 )
             return values
 
-        actions[measure_knn] = evaluation.knn_period_steps
+        actions.append((evaluation.knn_period_steps, measure_knn))
     if evaluation.sample_period_steps > 0:
         samples = _build_samples(config, folder, run, dataset)
-        actions[samples.write] = evaluation.sample_period_steps
+        actions.append((evaluation.sample_period_steps, samples.write))
 
     def write_evaluated(done: int) -> None:
         if done > 0:
             write_teacher(folder, run.arch.evaluated, config, done)
 
-    actions[write_evaluated] = evaluation.eval_period_steps or steps
+    actions.append((evaluation.eval_period_steps or steps, write_evaluated))
     metrics = MetricLogger(folder, start) if is_main_process() else None
     return Observer(steps, start, config.train.log_period_steps, metrics, actions)
 
