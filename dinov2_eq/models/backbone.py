@@ -93,18 +93,18 @@ class Backbone(nn.Module, ABC):
         Measured on a forward of this backbone, which must be on the meta device.
         """
         stages, inside, inputs = list(self.stages()), [], []
-        hooks = [stage.register_forward_pre_hook(lambda _, args: inputs.append(args[0].nbytes)) for stage in stages]
-        hooks += [stage.register_forward_hook(lambda *_: inside.append(sum(kept.values()))) for stage in stages]
-        kept: dict[int, int] = {}
-        parameters = {id(parameter) for parameter in self.parameters()}
+        own = [tensor.untyped_storage() for tensor in (*self.parameters(), *self.buffers())]
+        kept = {id(storage): 0 for storage in own}  # bytes by storage; several operations may keep the same
+        alive: list[Any] = [*own]  # so that no id comes twice
 
         def note(tensor: Tensor) -> Tensor:
-            if id(tensor) not in parameters:
-                kept[id(tensor)] = tensor.nbytes
-            alive.append(tensor)
+            storage = tensor.untyped_storage()
+            kept.setdefault(id(storage), storage.nbytes())
+            alive.append(storage)
             return tensor
 
-        alive: list[Tensor] = []
+        hooks = [stage.register_forward_pre_hook(lambda _, args: inputs.append(args[0].nbytes)) for stage in stages]
+        hooks += [stage.register_forward_hook(lambda *_: inside.append(sum(kept.values()))) for stage in stages]
         with saved_tensors_hooks(note, lambda tensor: tensor):
             self(torch.empty(2, 3, size, size, device="meta", requires_grad=True))
         for hook in hooks:

@@ -105,10 +105,6 @@ class ObjectiveSettings(ABC):
     def build(self, loss: str, context: Context, dim: int) -> Objective:
         """Returns the objective of one of the losses; `dim` channels are the invariant part of a token."""
 
-    def build_head(self, in_dim: int) -> nn.Module:
-        """Returns a new head, for the student or the teacher."""
-        raise NotImplementedError
-
     def is_used(self) -> bool:
         """Whether the section has any effect; the values of one without are not checked."""
         return True

@@ -52,6 +52,17 @@ def test_what_a_block_keeps(ffn_layer, drop_path_rate, half_precision):
     assert measured / 130 == pytest.approx(kept_per_token(block, 2 if half_precision else 4), rel=0.02)
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_what_a_resnet_keeps(arch):
+    backbone = build_backbone(arch, img_size=64)
+    images = torch.randn(2, 3, 64, 64, requires_grad=True) * 1
+    measured, _ = kept_bytes(lambda: backbone(images), [*backbone.parameters(), *backbone.buffers()])
+    with META:
+        stages = build_backbone(arch, img_size=64).kept_of_image(64, compute_bytes=4)
+    assert len(stages) == 4 and 2 * sum(stage.inside for stage in stages) == pytest.approx(measured, rel=0.05)
+    assert stages[1].input * 2 == 2 * 4 * {"resnet18": 64, "resnet50": 256}[arch] * 16 * 16
+
+
 # In float32 alone: on a CPU autocast runs the decoders' upsampling in float32, on a GPU in bfloat16.
 @pytest.mark.parametrize(("decoder", "patch_size"), [("conv", 16), ("conv", 14), ("cross_attention", 16)])
 def test_activations_of_a_forward(decoder, patch_size):
