@@ -15,7 +15,7 @@ from dinov2_eq.equivariance.pairing import BORDERS, TransformPairing
 from dinov2_eq.equivariance.transforms import Transform, build_transform
 from dinov2_eq.objectives.base import Context, Needs, Objective, ObjectiveSettings
 from dinov2_eq.settings import LARGEST_HUE, LOW_HIGH, setting
-from dinov2_eq.types import GLOBAL, NetworkOutput, Scene, Term
+from dinov2_eq.types import GLOBAL, PATH, NetworkOutput, PathViews, Scene, Term
 
 
 @dataclass
@@ -26,6 +26,13 @@ class EquivarianceConfig(ObjectiveSettings):
         "lambda in the total loss; 0: the control, transformed and split but nothing reconstructed",
         interval="[0, inf)",
     )
+    view: str = setting(
+        "second",
+        "which view g transforms: second (the papers), or third: a view g(u) of its own that only the decoders read, "
+        "while the base losses see v1 and u",
+        choices=("second", "third"),
+    )
+    third_view_share: float = setting(1.0, "share of the images that get a third view", interval="(0, 1]")
     transform: str = setting("se2", "g: rotation, translation, se2, color_jitter, blur, or a registered name")
     num_intermediates: int = setting(
         2, "K: targets strictly between the base and the transformed view", interval="[0, inf)"
@@ -61,11 +68,13 @@ class EquivarianceConfig(ObjectiveSettings):
     def needs(self) -> Needs:
         if not self.enabled:
             return Needs()
+        rebuilds = self.loss_weight > 0
         return Needs(
             pairing=self.build_pairing,
             split=(self.patch_dim - self.equivariant_dim, self.equivariant_dim),
-            targets=self.fractions() if self.loss_weight > 0 else (),
+            targets=self.fractions() if rebuilds else (),
             shown=self.fractions(),
+            path=PathViews((1.0,), self.third_view_share) if rebuilds and self.view == "third" else None,
         )
 
     def fractions(self) -> tuple[float, ...]:
@@ -75,7 +84,7 @@ class EquivarianceConfig(ObjectiveSettings):
 
     def build_pairing(self) -> TransformPairing:
         """Returns the pairing of u and g_theta(u)."""
-        return TransformPairing(self.build_transform(), self.border)
+        return TransformPairing(self.build_transform(), self.border, second=0.0 if self.view == "third" else 1.0)
 
     def build_transform(self) -> Transform:
         """Returns g."""
@@ -151,20 +160,33 @@ class Reconstruction(Objective):
         self.decoders = nn.ModuleList(decoders)
         self.patch_size = patch_size
 
-    def reconstruct(self, student: NetworkOutput, size: Sequence[int]) -> Tensor:
-        """Returns u_hat_k for k = 1..K, [K, B, 3, H, W] in normalised pixel values, for views of `size` = (H, W)."""
-        anchor, transformed = student.equivariant(student.tokens[GLOBAL].patches)  # each [B, N, D_equi]
+    def reconstruct(self, student: NetworkOutput, size: Sequence[int], rows: Tensor | None = None) -> Tensor:
+        """Returns u_hat_k for k = 1..K, [K, R, 3, H, W] in normalised pixel values.
+
+        Args:
+            size: (H, W) of the views.
+            rows: [R] the images that have a third view; None: g transforms the second view of all.
+        """
+        patches = student.tokens[GLOBAL].patches  # [2, B, N, D]
+        if rows is None:
+            anchor, transformed = student.equivariant(patches)  # each [B, N, D_equi]
+        else:
+            anchor, transformed = student.equivariant(torch.stack([patches[0, rows], student.tokens[PATH].patches[0]]))
         grid = (size[0] // self.patch_size, size[1] // self.patch_size)
         return torch.stack([decoder(anchor, transformed, grid) for decoder in self.decoders])
 
     def forward(self, scene: Scene) -> Term:
-        return Term(reconstruction_loss(self._of(scene), scene.views.targets), {})
+        targets = scene.views.targets
+        if PATH in scene.student.tokens:
+            targets = targets[:, scene.views.path_rows]
+        return Term(reconstruction_loss(self._of(scene), targets), {})
 
     def pictures(self, scene: Scene) -> dict[str, Tensor]:
         return {"reconstructions": self._of(scene)}
 
     def _of(self, scene: Scene) -> Tensor:
-        return self.reconstruct(scene.student, scene.views.groups[GLOBAL].images.shape[-2:])
+        rows = scene.views.path_rows if PATH in scene.student.tokens else None
+        return self.reconstruct(scene.student, scene.views.groups[GLOBAL].images.shape[-2:], rows)
 
 
 def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:

@@ -113,4 +113,4 @@ def _build_samples(config: Config, folder: Path, run: Run, dataset: ImageDataset
     needs = config.needs()
     batch = next(iter(build_train_loader(config, dataset, start_step=0, num_workers=0)))
     pairing = (needs.pairing or NoPairing)()
-    return SampleWriter(folder / "samples", batch, run, config.crops, pairing, needs.shown)
+    return SampleWriter(folder / "samples", batch, run, config.crops, pairing, needs.shown, needs.path)

@@ -14,7 +14,7 @@ from dinov2_eq.distributed import is_main_process
 from dinov2_eq.equivariance.pairing import Pairing
 from dinov2_eq.settings import CropsConfig
 from dinov2_eq.train.step import Run
-from dinov2_eq.types import GLOBAL, CollatedBatch, Scene
+from dinov2_eq.types import GLOBAL, PATH, CollatedBatch, PathViews, Scene
 
 NUM_IMAGES = 6
 
@@ -24,6 +24,7 @@ class SampleWriter:
 
     Args:
         fractions: fractions of theta to show, also for the control, which does not rebuild them.
+        path: views that the student encodes for one objective alone; the last one is shown as the transformed view.
     """
 
     def __init__(
@@ -34,19 +35,21 @@ class SampleWriter:
         crops: CropsConfig,
         pairing: Pairing,
         fractions: Sequence[float],
+        path: PathViews | None = None,
     ) -> None:
         self.folder = folder
         self.run = run
         self.mean, self.std = (torch.tensor(list(value))[:, None, None] for value in (crops.mean, crops.std))
         batch = to_device(_first(batch, NUM_IMAGES), run.device)
-        make = partial(make_views, crops=crops, pairing=pairing, targets=fractions)
+        make = partial(make_views, crops=crops, pairing=pairing, targets=fractions, path=path)
         self.views = make(batch)
         still = make(batch._replace(theta=torch.zeros_like(batch.theta)))
         anchor, second = self.views.groups[GLOBAL].images
+        transformed = self.views.groups[PATH].images[-1] if path else second
         self.arrays = {
             "anchor_view": self._pixels(anchor),
             "base_view": self._pixels(still.groups[GLOBAL].images[1]),  # g with theta = 0
-            "transformed_view": self._pixels(second),
+            "transformed_view": self._pixels(transformed),
             "intermediate_targets": self._pixels(self.views.targets),
             "fractions": np.array(fractions),
             "theta": batch.theta.cpu().numpy(),
@@ -83,6 +86,7 @@ def _first(batch: CollatedBatch, number: int) -> CollatedBatch:
         photometric=type(batch.photometric)(*(values[:2, :number] for values in batch.photometric)),
         theta=batch.theta[:number],
         known=batch.known[:number],
+        path_rows=torch.arange(len(batch.theta[:number])),
         masks=batch.masks[:, :number, :0],
         masked_patches=batch.masked_patches[:0],
     )

@@ -283,6 +283,13 @@ def test_every_method(tmp_path, recipe):
         assert ours["total_loss"] == pytest.approx(theirs["total_loss"], rel=5e-3)
 
 
+def test_a_third_view(tmp_path):
+    third = ["equivariance.view=third", "equivariance.third_view_share=0.5", "fsdp.strategy=full"]
+    train("debug", tmp_path / "one", 4, *third[:2])
+    run_ranks(train, 2, "debug", tmp_path / "two", 2, *third)
+    require_equal(tmp_path / "two", tmp_path / "one")
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_takes_steps_and_has_one_of_these_methods(tmp_path, recipe):
     config = small(recipe, "optim.steps=2", "train.batch_size_per_gpu=2")

@@ -16,7 +16,7 @@ from dinov2_eq.train.build import (
     build_schedules,
     build_train_loader,
 )
-from dinov2_eq.types import GLOBAL, LOCAL
+from dinov2_eq.types import GLOBAL, LOCAL, PATH
 from tests.helpers import tiny_config
 
 CPU = torch.device("cpu")
@@ -110,6 +110,31 @@ def test_runs_with_and_without_the_task_begin_equal():
     assert torch.equal(task_batch.groups[GLOBAL].images[0], plain_batch.groups[GLOBAL].images[0])
     assert torch.equal(task_batch.groups[LOCAL].images, plain_batch.groups[LOCAL].images)
     assert torch.equal(task_batch.groups[GLOBAL].masks, plain_batch.groups[GLOBAL].masks)
+
+
+def test_the_third_view_is_for_the_decoders_alone():
+    """The base losses see v1 and u; v1 and g(u) of half of the images go to the decoders."""
+    third = ["equivariance.view=third", "equivariance.third_view_share=0.5", "student.drop_path_rate=0"]
+    config = tiny_config(*third, "equivariance.border=zeros")
+    views, still = one_batch(config), one_batch(tiny_config("equivariance.enabled=false"))
+    assert torch.equal(views.groups[GLOBAL].images, still.groups[GLOBAL].images)
+    transformed = one_batch(tiny_config("equivariance.border=zeros"))
+    rows = views.path_rows
+    assert rows.tolist() == [1, 3]
+    torch.testing.assert_close(views.groups[PATH].images[0], transformed.groups[GLOBAL].images[1, rows])
+
+    arch, output = forward(config, views)
+    anchor, masks = views.groups[GLOBAL].images[0], views.groups[GLOBAL].masks[0]
+    backbone, split = arch.student["backbone"], arch.student["projection"]
+    ours, theirs = (
+        split.equivariant(backbone.forward_features(images, hidden)["x_norm_patchtokens"])
+        for images, hidden in ((anchor[rows], masks[rows]), (views.groups[PATH].images[0], None))
+    )
+    rebuilt = torch.stack([decoder(ours, theirs, (4, 4)) for decoder in arch.objectives["reconstruction"].decoders])
+    expected = (rebuilt - views.targets[:, rows]).square().mean()
+    torch.testing.assert_close(output.losses["reconstruction"], expected)
+    control = one_batch(tiny_config(*third, "equivariance.loss_weight=0"))
+    assert PATH not in control.groups and len(control.targets) == 0
 
 
 @pytest.mark.parametrize("num_intermediates", [1, 2, 3])
