@@ -16,7 +16,7 @@ def add_branch(
     start = 0
     for b, tokens in crop_shapes:
         group = x[start : start + b * tokens].view(b, tokens, D)
-        k = max(floor(b * (1 - drop_rate)), 1)        # so a group of one sample is never dropped
+        k = max(floor(b * (1 - drop_rate)), 1)        # a group of one sample is never dropped; an empty one stays empty
         for sample in randperm(b)[:k]:
             group[sample] += b / k * branch(group[sample])
         start += b * tokens
@@ -31,10 +31,10 @@ def add_branch(
         return x + branch(x, crop_shapes)
     rows, scales, kept_shapes, start = [], [], [], 0
     for batch, tokens in crop_shapes:
-        num_kept = max(int(batch * (1 - drop_rate)), 1)
+        num_kept = min(max(int(batch * (1 - drop_rate)), 1), batch)
         samples = torch.randperm(batch, device=x.device)[:num_kept]
         rows.append((start + samples[:, None] * tokens + torch.arange(tokens, device=x.device)).flatten())
-        scales.append(torch.full((num_kept * tokens, 1), batch / num_kept, device=x.device))
+        scales.append(torch.full((num_kept * tokens, 1), batch / max(num_kept, 1), device=x.device))
         kept_shapes.append((num_kept, tokens))
         start += batch * tokens
     kept_rows = torch.cat(rows)  # [T_kept]

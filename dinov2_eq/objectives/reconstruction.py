@@ -192,14 +192,16 @@ class Reconstruction(Objective):
 def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Mean squared error over the K intermediate targets, in float32.
 
-    Both are [K, B, C, H, W]. The mean runs over images, channels and pixels, and the targets are normalised with the
-    data's mean and standard deviation: predicting the mean colour everywhere costs about 1, whatever K and the image
-    size are. That fixes the meaning of lambda: at lambda = 1 a useless decoder weighs as much as one nat of the base
-    losses, which are cross-entropies of several nats.
+    Both are [K, B, C, H, W]; B = 0 gives 0, and the gradient is 0. The mean runs over images, channels and pixels, and
+    the targets are normalised with the data's mean and standard deviation: predicting the mean colour everywhere costs
+    about 1, whatever K and the image size are. That fixes the meaning of lambda: at lambda = 1 a useless decoder weighs
+    as much as one nat of the base losses, which are cross-entropies of several nats.
 
         loss = 0
         for k in range(K):                       # one decoder for each intermediate target
             loss += mse(predicted[k], target[k])
         return loss / K
     """
+    if not predicted.numel():
+        return predicted.float().sum()
     return F.mse_loss(predicted.float(), target.float())
