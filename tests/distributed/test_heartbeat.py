@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from dinov2_eq.distributed.heartbeat import GRACE_S, Heartbeat, Loss
+from dinov2_eq.distributed.heartbeat import GRACE_S, Heartbeat, LostProcess
 
 
 class Interrupted:
@@ -36,7 +36,7 @@ def store():
 def test_the_first_announced_loss_stays(store):
     main, other = (Heartbeat(rank, 3, store, silence_limit_s=20) for rank in (0, 1))
     main._name, other._names = "process 0", {0: "process 0"}
-    lost = Loss(2, "process 2 has been silent for 10 s")
+    lost = LostProcess(2, "process 2 has been silent for 10 s")
 
     def main_process_announces_and_leaves():
         assert main._announce(lost) == lost
@@ -47,8 +47,8 @@ def test_the_first_announced_loss_stays(store):
     main._beat()
     other._store = Interrupted(other._store, "left/0", main_process_announces_and_leaves)
     other._complained_s = time.monotonic() - GRACE_S
-    assert other._find_loss() == lost
-    assert main._find_loss() == lost
+    assert other._find_lost_process() == lost
+    assert main._find_lost_process() == lost
 
 
 def test_the_main_process_leaves_after_those_that_answer(store):
@@ -61,12 +61,12 @@ def test_the_main_process_leaves_after_those_that_answer(store):
 
     last = threading.Thread(target=leave_when_the_main_process_is_about_to)
     last.start()
-    main._take_leave(Loss(1, "process 1 has been silent for 10 s"))
+    main._take_leave(LostProcess(1, "process 1 has been silent for 10 s"))
     assert store.check(["heartbeat/left/2"]) and not store.check(["heartbeat/left/1"])
     last.join()
 
     silent._take_leave()
-    main._take_leave(Loss(1, "process 1 stopped: RuntimeError: out of memory", silent=False))
+    main._take_leave(LostProcess(1, "process 1 stopped: RuntimeError: out of memory", silent=False))
 
 
 def test_one_complaint_is_explained_by_the_silence_that_follows_it(store):
@@ -75,11 +75,11 @@ def test_one_complaint_is_explained_by_the_silence_that_follows_it(store):
     main._names = {1: "process 1", 2: "process 2"}
     for process in (main, other, silent):
         process._beat()
-    assert main._find_loss() is None
+    assert main._find_lost_process() is None
     for rank, (count, since) in main._seen.items():
         main._seen[rank] = count, since - 2 * GRACE_S  # both have computed for long, holding the interpreter
     other._name = "process 1"
     other._complain(RuntimeError("out of memory"))
-    assert main._find_loss() is None
+    assert main._find_lost_process() is None
     main._complained_s -= GRACE_S + 1
-    assert main._find_loss() == Loss(2, f"process 2 has been silent for {2 * GRACE_S:.0f} s")
+    assert main._find_lost_process() == LostProcess(2, f"process 2 has been silent for {2 * GRACE_S:.0f} s")

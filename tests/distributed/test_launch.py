@@ -61,5 +61,5 @@ def test_a_part_of_torchruns_variables_is_an_error():
 
 def test_a_node_list_without_slurms_program(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match=r"scontrol cannot tell the hosts of .*'node\[001-002\],other'"):
+    with pytest.raises(ValueError, match=r"scontrol cannot list the hosts of .*'node\[001-002\],other'"):
         find_launch(SLURM)

@@ -43,7 +43,7 @@ def test_a_process_is_killed(struck, uninterrupted):
 
 def test_the_main_process_is_killed(run, uninterrupted):
     assert run.train(fault="kill 0 6") == [KILLED, 5]
-    assert re.search(NAME.format(0) + " hosts the connection of all, and no longer answers", run.printed(1))
+    assert re.search(NAME.format(0) + " hosts the store of all processes and no longer responds", run.printed(1))
     run.stopped_after(uninterrupted, 4)
 
 
@@ -76,7 +76,7 @@ def test_the_main_process_hangs(struck, uninterrupted):
     """Its store answers nothing, and torch would wait for ever."""
     run, (hung, other) = struck["stop 0"]
     assert exit_codes([other]) == [5]
-    assert re.search(NAME.format(0) + " hosts the connection of all, and no longer answers", run.printed(1))
+    assert re.search(NAME.format(0) + " hosts the store of all processes and no longer responds", run.printed(1))
     assert hung.exitcode is None
     os.kill(hung.pid, signal.SIGCONT)
     assert exit_codes([hung]) == [5]
@@ -89,7 +89,7 @@ def test_a_signal_to_one_process(run, uninterrupted):
     assert run.train(fault="usr2 1 2") == [4, 4]  # its second step is the fifth
     for rank in (0, 1):
         for name, step in {"SIGTERM": 3, "SIGUSR2": 5}.items():
-            stop = f"dinov2-eq: stopped by {name} after step {step}, saved; the same command goes on from there"
+            stop = f"dinov2-eq: stopped by {name} after step {step}, saved; rerun the same command to resume"
             assert stop in run.printed(rank)
     run.goes_on(uninterrupted, 5)
 

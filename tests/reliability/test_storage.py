@@ -65,7 +65,7 @@ def test_every_checkpoint_is_damaged(run, uninterrupted):
     assert run.train() == [2, 2]
     assert re.search(
         r"No checkpoint of this run can be resumed from:\n +run/checkpoints/4: .*\n +run/checkpoints/2:"
-        r".*\nRestore one of these folders, or start again with --no-resume",
+        r".*\nRestore one of these folders, or start over with --no-resume",
         run.printed(0),
     )
     assert run.names_of_checkpoints() == ["2", "4"]
