@@ -12,15 +12,15 @@ from dinov2_eq.run.outcome import exit_code
 
 COMMANDS = {
     "train": ("dinov2_eq.train.train", "pretrain a backbone"),
-    "submit": ("dinov2_eq.run.submit", "run train or an evaluation as a job on SLURM, or in processes here"),
+    "submit": ("dinov2_eq.run.submit", "run train or an evaluation as a job on SLURM, or in processes on this host"),
     "eval knn": ("dinov2_eq.eval.knn", "k-NN classification with frozen features"),
     "eval linear": ("dinov2_eq.eval.linear", "linear classification with frozen features, DINOv2's grid of heads"),
     "eval logreg": ("dinov2_eq.eval.logreg", "logistic regression with frozen features"),
-    "eval equivariance": ("dinov2_eq.eval.equivariance", "how well frozen features tell how an image was transformed"),
-    "eval all": ("dinov2_eq.eval.all", "a list of evaluations over many encoders, and one table"),
-    "doctor": ("dinov2_eq.tools.doctor", "what this machine, its network and a config need before a run"),
-    "export": ("dinov2_eq.tools.export", "a run's backbone for timm, Hugging Face, ONNX and others, verified"),
-    "report": ("dinov2_eq.tools.report", "one HTML page about one or several runs"),
+    "eval equivariance": ("dinov2_eq.eval.equivariance", "how well frozen features predict the transform of an image"),
+    "eval all": ("dinov2_eq.eval.all", "run a list of evaluations on many encoders and write one table"),
+    "doctor": ("dinov2_eq.tools.doctor", "check this machine, its network and a config before a run"),
+    "export": ("dinov2_eq.tools.export", "export a run's backbone for timm, Hugging Face, ONNX and others"),
+    "report": ("dinov2_eq.tools.report", "write one HTML page about one or more runs"),
 }
 
 
@@ -36,7 +36,7 @@ def usage() -> str:
 
 
 def find_command(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The command that `argv` starts with, and the rest.
+    """Splits `argv` into the command that it starts with and its remaining arguments.
 
     Raises:
         ValueError: no such command.
@@ -49,16 +49,17 @@ def find_command(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; what the user can mend is printed without a traceback.
+    """Runs a command; errors that the user can fix are printed without a traceback.
 
     Returns:
-        0 on success, 2 on a mistake in config, data, files or flags, 3 when training met a NaN or infinity, 4 when a
-        signal stopped it, 5 when another process of the run was lost, 130 on Ctrl-C; 1 when nobody reads its output.
+        0 on success, 1 if the reader of its output is gone, 2 for a mistake in config, data, files or flags, 3 for a
+        NaN or infinity in training, 4 when stopped by a signal, 5 when another process of the run was lost, 130 on
+        Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        with suppress(OSError):  # nobody reads it
-            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8; stderr takes any
+        with suppress(OSError):  # the reader may be gone
+            sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8; stderr escapes by itself
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -70,15 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         importlib.import_module(COMMANDS[name][0]).main(rest)
         sys.stdout.flush()
     except BaseException as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():  # `dinov2-eq ... | head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more at its end
+        if isinstance(error, BrokenPipeError) and _nobody_reads():  # as in `dinov2-eq ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it exits
             return 1
         return exit_code(error)
     return 0
 
 
 def _nobody_reads() -> bool:
-    """Whether it is the output that a BrokenPipeError is about: what could not be written is still there to fail."""
+    """Whether a BrokenPipeError was about stdout: flushing what could not be written then fails again."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

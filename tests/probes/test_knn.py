@@ -102,7 +102,7 @@ def test_validation_labels_unknown_to_training_are_wrong_not_an_error(data):
 
 
 def test_too_many_neighbours(data):
-    with pytest.raises(ValueError, match=r"k = 121, 500 cannot vote among 120 training images"):
+    with pytest.raises(ValueError, match=r"k = 121, 500 is impossible with 120 training images"):
         knn_accuracy(*data, [5, 121, 500])
 
 

@@ -102,7 +102,7 @@ def test_names_that_dinov2_has(capsys):
 
 def test_the_plan_counts_all_processes(capsys):
     assert main([*TRAIN, "--nodes", "2", "--dry-run", "--cluster", "local"]) == 2
-    assert "--nodes 2: --cluster local is this host alone" in capsys.readouterr().err
+    assert "--nodes 2: --cluster local only uses this host" in capsys.readouterr().err
     assert main([*TRAIN, "--tasks-per-node", "3", "--dry-run"]) == 0
     output = capsys.readouterr().out
     assert "--cluster local, as sbatch is not on PATH" in output and "effective batch    12 images" in output
@@ -178,7 +178,7 @@ def test_evaluations_check_without_computing(name, run_folder, tmp_path, capsys)
     before = sorted(run_folder.rglob("*"))
     command = ["submit", name, "--dry-run", "--output-dir", str(tmp_path / "out"), *DATA]
     assert main([*command, "--pretrained-weights", str(run_folder)]) == 0
-    assert "encoder and data are there" in capsys.readouterr().out
+    assert "encoder and data are available" in capsys.readouterr().out
     assert sorted(run_folder.rglob("*")) == before and list(tmp_path.iterdir()) == []
     assert main([*command, "--pretrained-weights", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
@@ -198,7 +198,7 @@ def test_gpus_that_are_not_this_users_stay_hidden(monkeypatch):
     assert local_parameters(args, Resources(1, 2, 2))["visible_gpus"] == (4, 5)
     assert local_parameters(args, Resources(1, 0, 1))["visible_gpus"] == ()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-0a1b")
-    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=GPU-0a1b: name the GPUs by numbers"):
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=GPU-0a1b: list the GPUs by number"):
         local_parameters(args, Resources(1, 1, 1))
 
 
