@@ -126,7 +126,7 @@ def test_no_room_for_a_batch_is_an_error_of_the_batch(monkeypatch):
     """torch alone would print it in a thread of the worker, and wait for ever."""
     monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
     with pytest.raises(
-        DataError, match=r"^/dev/shm, .* is too small, .* is free\. .*--shm-size.* lower train.num_workers"
+        DataError, match=r"^/dev/shm, .* is too small: .* is free\. .*--shm-size.* lower train.num_workers"
     ):
         read_all(Loader(torch.arange(10.0), num_workers=1, collate_fn=lambda samples: {"rows": [torch.stack(samples)]}))
 
@@ -173,13 +173,15 @@ def read_with_few_files(limit):
 def test_too_few_files():
     """A worker that meets the limit before this process does says so on the terminal, and ends."""
     (message,) = run_ranks(read_with_few_files, 1, 100)
-    assert re.match(r"The limit of open files is too low.*ulimit -n|A data-loading process is gone .* said", message)
+    assert re.match(
+        r"The limit of open files is too low.*ulimit -n|A data-loading process is gone .* printed no error", message
+    )
 
 
 def test_a_batch_that_cannot_be_sent_is_noticed(capfd):
     with pytest.raises(DataError, match=r"A data-loading process is gone \(DataLoader worker .* exited unexpectedly"):
         read_all(Loader(torch.arange(10.0), num_workers=1, collate_fn=lambda samples: lambda: samples))
-    assert "A batch cannot be handed over: " in capfd.readouterr().err
+    assert "A batch cannot be sent to the main process: " in capfd.readouterr().err
 
 
 def test_a_bug_in_a_worker_stays_a_bug():

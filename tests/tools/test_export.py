@@ -225,7 +225,7 @@ def test_the_card_is_filled_from_the_run(tmp_path, trained):
         "| parameters | 486,336 |",
         "| data | `Shapes:split=TRAIN:num=24:size=32` |",
         "| steps | 1 of 1 |",
-        "| images a step | 4, of 1 process |",
+        "| images per step | 4, over 1 process |",
         "| seed | 0 |",
         "transform se2, loss_weight 1.0",
         f"k-NN at step 1: {top1:.2f} % top-1",
@@ -233,9 +233,9 @@ def test_the_card_is_filled_from_the_run(tmp_path, trained):
         "| full: 20: top1 | 31.52 |",
         "| lr_0.1: accuracy: CIFAR10:split=TEST:root=cifar: top1 | 12.35 |",
         "| mean_zeros: r2_pooled | 0.625 |",
-        "`results_eval_logreg.json` is of another step and left out",
-        "A small run: it was shown 4 images",
-        "Heads, projection and decoders are not in it",
+        "`results_eval_logreg.json` is about another step and not shown",
+        "This was a small run: it saw 4 images",
+        "Heads, projection and decoders are not included",
         "Licence: Apache-2.0",
     ):
         assert words in card, words
@@ -243,15 +243,15 @@ def test_the_card_is_filled_from_the_run(tmp_path, trained):
     [release] = json.loads((tmp_path / "hub/manifest.json").read_text())["releases"].values()
     assert release["contains"] == ["backbone", "projection"] and release["steps"] == 1
     assert release["results"]["results_eval_knn.json: full: 20: top1"] == 31.52
-    assert "Heads and decoders are not in it" in (tmp_path / "hub/README.md").read_text()
+    assert "Heads and decoders are not included" in (tmp_path / "hub/README.md").read_text()
 
 
 def test_a_checkpoint_alone_has_a_card_too(tmp_path):
     checkpoint(tmp_path / "run", ["equivariance.enabled=false", "train.dataset_path=Folder:root=/data/caf\udce9"])
     run(tmp_path / "run/eval/training_7/teacher_checkpoint.pth", tmp_path / "out", "backbone")
     card = (tmp_path / "out/backbone/README.md").read_text()
-    assert "disabled: the plain base method" in card and "Nothing: no results lie in the run's folder." in card
-    assert "4 of each process; their number is unknown" in card and "A small run" not in card
+    assert "disabled: the plain base method" in card and "Nothing: there are no results in the run folder." in card
+    assert "4 in each process; the number of processes is unknown" in card and "a small run" not in card
     assert "root=caf\\udce9" in card  # a name that is not UTF-8
 
 
@@ -364,7 +364,7 @@ def test_other_checkpoints(tmp_path):
     run(tmp_path / "weights.pth", output, "backbone", more=config)
     assert "vit_tiny/8, unknown step" in (output / "backbone/README.md").read_text()
     assert "does not say of which step" in message(tmp_path / "weights.pth", output, "safetensors", more=config)
-    assert "no teacher checkpoint with its config" in message(tmp_path / "weights.pth", output, "hub", more=config)
+    assert "not a teacher checkpoint with config" in message(tmp_path / "weights.pth", output, "hub", more=config)
 
 
 def test_missing_packages(tmp_path, monkeypatch):
