@@ -107,7 +107,7 @@ def test_samples_cut_off_anywhere_or_no_samples_at_all(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{path} is not a samples file, or it was cut off"):
             load_snapshot(path)
     for changes in ({"theta": np.zeros(3)}, {"base_view": np.zeros((8, 8, 3), np.uint8)}):
-        with pytest.raises(ValueError, match=rf"{path}: \w+ has \d dimensions, and should have"):
+        with pytest.raises(ValueError, match=rf"{path}: \w+ has \d dimensions, expected"):
             load_snapshot(samples(tmp_path, **changes))
 
 

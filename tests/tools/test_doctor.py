@@ -45,7 +45,7 @@ def test_a_machine_that_is_well(doctor, tmp_path):
     assert {name for _, name, _ in lines} == CHECKS
     [versions] = texts(lines, "versions", "ok")
     assert "torch " in versions and "submitit " in versions and "pytest" not in versions
-    assert any("0 workers: " in text and "images a second" in text for text in texts(lines, "data", "ok"))
+    assert any("0 workers: " in text and "images per second" in text for text in texts(lines, "data", "ok"))
     assert any("1 workers: " in text for text in texts(lines, "data", "ok"))
     assert any("sdpa for torch.float32 on cpu" in text for text in texts(lines, "attention", "ok"))
     assert any("4 checkpoints of" in text for text in texts(lines, "disk", "ok"))
@@ -112,7 +112,7 @@ def test_slurm_that_is_expected_and_does_not_answer(doctor, tmp_path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("SLURM_CONF", raising=False)
     code, lines = doctor("--slurm")
-    assert code == 2 and "SLURM does not answer" in texts(lines, "slurm", "fix")[0]
+    assert code == 2 and "SLURM does not respond" in texts(lines, "slurm", "fix")[0]
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -123,7 +123,7 @@ def test_two_nodes_of_a_real_slurm():
         done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     lines = parse(done.stdout)
-    assert texts(lines, "launch", "ok") == ["slurm: 2 processes on 2 nodes, meeting at node1"]
+    assert texts(lines, "launch", "ok") == ["slurm: 2 processes on 2 nodes, connected through node1"]
     *_, link = texts(lines, "interconnect", "ok")
     assert "on node1" in link and "on node2" in link
     version, controller, partitions = texts(lines, "slurm", "ok")

@@ -104,13 +104,13 @@ def test_round_trip(tmp_path, recipe, monkeypatch, capsys):
     printed = capsys.readouterr().out
     own = {name: getattr(encoder.backbone, name) for name in ("interpolate_antialias", "interpolate_offset")}
     for target in CONVERTIBLE:
-        folder, (file, *_, as_there) = tmp_path / "out" / target, export.TARGETS[target]
+        folder, (file, *_, as_exported) = tmp_path / "out" / target, export.TARGETS[target]
         record = json.loads((folder / "export.json").read_text())
         assert len(record["checks"]) == 3 and all(check["difference"] < 1e-5 for check in record["checks"])
         assert f"{target}: pixels" in printed and str(folder) in printed
 
         images, found = follow_the_readme(folder, monkeypatch)
-        torch.testing.assert_close(found, tokens_of(as_there(encoder.backbone), images), atol=1e-5, rtol=0)
+        torch.testing.assert_close(found, tokens_of(as_exported(encoder.backbone), images), atol=1e-5, rtol=0)
 
         weights = to_dinov2(read_weights(folder / file))
         back = DinoVisionTransformer(**{**infer_architecture(weights), **own}).eval().requires_grad_(False)
@@ -141,7 +141,7 @@ def test_where_positions_are_resized_otherwise_it_is_said(tmp_path):
         assert all(check["height"] != check["width"] for check in others)
         assert all((check["difference_as_trained"] > 1e-3) == (target != "backbone") for check in others)
     card = (tmp_path / "out/timm/README.md").read_text()
-    assert "resized as timm does it: exactly, with antialiasing" in card
+    assert "resized as in timm: to the exact size, with antialiasing" in card
     assert f"| 16 x 56 | {others[0]['difference']:.2g} |" in (tmp_path / "out/backbone/README.md").read_text()
 
 
@@ -337,7 +337,7 @@ def test_nothing_is_replaced_unasked(tmp_path):
     assert (output / "backbone" / "backbone.pth").stat().st_size > 1000
     (output / "timm").mkdir()
     (output / "timm" / "precious").write_text("")
-    assert "is no earlier export" in message(source, output, "timm", error=FileExistsError, more=["--force"])
+    assert "is not an earlier export" in message(source, output, "timm", error=FileExistsError, more=["--force"])
     assert (output / "timm" / "precious").exists()
 
 
@@ -354,7 +354,7 @@ def test_other_checkpoints(tmp_path):
     assert "holds no teacher checkpoint" in message(tmp_path, output, "hf", error=FileNotFoundError)
     backbone = build_backbone("vit_tiny", patch_size=8, img_size=32, depth=1)
     torch.save(backbone.state_dict(), tmp_path / "weights.pth")
-    assert "carries no training config" in message(tmp_path / "weights.pth", output, "hf")
+    assert "contains no training config" in message(tmp_path / "weights.pth", output, "hf")
     (tmp_path / "run.yaml").write_text(
         "student: {arch: vit_tiny, depth: 1, patch_size: 8}\n"
         "crops: {global_crops_size: 32, local_crops_size: 16}\n"
@@ -363,7 +363,7 @@ def test_other_checkpoints(tmp_path):
     config = ["--config-file", str(tmp_path / "run.yaml")]
     run(tmp_path / "weights.pth", output, "backbone", more=config)
     assert "vit_tiny/8, unknown step" in (output / "backbone/README.md").read_text()
-    assert "does not say of which step" in message(tmp_path / "weights.pth", output, "safetensors", more=config)
+    assert "does not contain its step" in message(tmp_path / "weights.pth", output, "safetensors", more=config)
     assert "not a teacher checkpoint with config" in message(tmp_path / "weights.pth", output, "hub", more=config)
 
 
