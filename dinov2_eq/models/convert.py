@@ -110,9 +110,9 @@ def _flatten(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _find_backbone(tensors: Mapping[str, Tensor]) -> str:
     prefixes = [name.removesuffix(end) for end in ANCHORS for name in tensors if f".{name}".endswith(f".{end}")]
     if not prefixes:
-        found = _first(list(tensors)) or "there are no tensors"
+        names = _first(list(tensors)) or "there are no tensors"
         raise ValueError(
-            f"No vision transformer is named in these weights: {found}. Known are the names of DINOv2, DINO, iBOT and "
+            f"No vision transformer is named in these weights: {names}. Known are the names of DINOv2, DINO, iBOT and "
             "timm (patch_embed.proj.weight, blocks.0.attn.qkv.weight) and of Hugging Face "
             "(embeddings.patch_embeddings.projection.weight), bare or within a checkpoint"
         )
@@ -122,7 +122,7 @@ def _find_backbone(tensors: Mapping[str, Tensor]) -> str:
     if len(prefixes) > 1:
         raise ValueError(
             f"These weights hold {len(prefixes)} backbones, {', '.join(prefixes)}, and none is clearly the teacher; "
-            "save the one that is meant in a file of its own"
+            "save the one to use in its own file"
         )
     return prefixes[0]
 

@@ -57,9 +57,9 @@ def read_weights(path: str | Path, sha256: str | None = None) -> dict[str, Any]:
         ValueError: wrong checksum, or the file is damaged, would run code when loaded, or holds no weights.
     """
     path = _existing(path)
-    if sha256 is not None and (found := file_sha256(path)) != sha256.lower():
+    if sha256 is not None and (actual := file_sha256(path)) != sha256.lower():
         raise ValueError(
-            f"{path} is not the file that was published: its SHA-256 is {found}, expected {sha256.lower()}. Delete it "
+            f"{path} is not the file that was published: its SHA-256 is {actual}, expected {sha256.lower()}. Delete it "
             "and get it again"
         )
     if path.suffix == ".safetensors":

@@ -16,7 +16,7 @@ SHAPES = "Shapes:split=TRAIN:num=40:size=8"
 
 
 def folders(root, **counts):
-    """A data string for class folders with so many images each."""
+    """A data string for class folders with the given numbers of images."""
     for name, count in counts.items():
         (root / name).mkdir(parents=True)
         for number in range(count):

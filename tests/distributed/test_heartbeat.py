@@ -1,4 +1,4 @@
-"""Which process is called lost; that processes end, tests/reliability shows."""
+"""Which process the heartbeat calls lost; tests/reliability shows that the others end."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from dinov2_eq.distributed.heartbeat import GRACE_S, Heartbeat, LostProcess
 
 
 class Interrupted:
-    """A store in which others do something between two questions: just before `key` is asked for."""
+    """A store in which another process acts just before `key` is read."""
 
     def __init__(self, store: dist.Store, key: str, happens: Callable[[], None]) -> None:
         self._store = store
@@ -52,7 +52,7 @@ def test_the_first_announced_loss_stays(store):
 
 
 def test_the_main_process_leaves_after_those_that_answer(store):
-    """It may host the store in which they read why."""
+    """It may host the store from which the others read the reason."""
     main, silent, other = (Heartbeat(rank, 3, store, silence_limit_s=20) for rank in range(3))
 
     def leave_when_the_main_process_is_about_to():

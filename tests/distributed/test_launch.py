@@ -1,4 +1,4 @@
-"""Who am I, as each launcher says it."""
+"""Rank and world size from the variables of each launcher."""
 
 import pytest
 
@@ -17,7 +17,7 @@ SLURM = {
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """SLURM's program, whose answer is known for this one list; tests/slurm asks the real one."""
+    """A stand-in for SLURM's program that knows this one list; tests/slurm uses the real one."""
     program = tmp_path / "scontrol"
     program.write_text(
         '#!/bin/sh\n[ "$*" = "show hostnames node[001-002],other" ] && printf "node001\\nnode002\\nother\\n"\n'

@@ -1,4 +1,4 @@
-"""Processes that find each other, or do not."""
+"""Processes that connect to each other, or fail to."""
 
 import socket
 
@@ -64,7 +64,7 @@ def test_the_port_is_taken():
 
 
 def test_somebody_else_answers_at_the_port(monkeypatch):
-    """And never says anything: it is no store."""
+    """Something else listens at the port and never responds."""
     monkeypatch.setattr(meeting, "MEETING_S", 2.0)
     monkeypatch.setattr(meeting, "ANSWER_S", 1.0)
     with socket.socket() as other:
@@ -102,6 +102,6 @@ def meet_twice(port):
 
 
 def test_a_second_meeting_in_the_same_store():
-    """As torchrun lets processes do it that it starts again: it hosts the store and keeps what was left there."""
+    """Processes that torchrun restarts meet in its store, which still holds the old entries."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     assert run_ranks(meet_twice, 2, store.port) == [True, True]

@@ -30,7 +30,7 @@ def train(features, labels, first=0, training=None, total=STEPS, **grid):
 
 
 def heads(grid):
-    """{name: (weight, bias)}"""
+    """Weight and bias of each head by its name."""
     weights = [weight for stack in grid.weights for weight in stack]
     biases = [bias for stack in grid.biases for bias in stack]
     return {spec.name: pair for spec, *pair in zip(grid.specs, weights, biases, strict=True)}
@@ -53,7 +53,7 @@ def test_the_grid_is_dinov2s_and_no_name_occurs_twice():
 
 
 def test_each_head_reads_the_blocks_it_should():
-    """Against the concatenation that DINOv2 makes."""
+    """The oracle is the concatenation in DINOv2."""
     features = torch.randn(6, 5 * DIM)
     *cls_tokens, mean_patch = features.split(DIM, dim=1)  # of the last 4 blocks in order of depth
     grid = HeadGrid(DIM, CLASSES)

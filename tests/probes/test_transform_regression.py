@@ -99,7 +99,7 @@ def test_features_are_scaled_as_scikit_learn_does():
 
 @pytest.mark.parametrize("spread", [1e-4, 1e-7, 1e-8])
 def test_features_that_are_nearly_alike(spread):
-    """What the features tell does not depend on how much they vary; with a spread below 1e-6 it was lost."""
+    """The result does not depend on how much the features vary; below a spread of 1e-6 it used to be lost."""
     theta = uniform(1200, 2).double()
     told = torch.cat([uniform(1200, 4, seed=1).double(), theta], dim=1)
     predicted, expected = (

@@ -1,4 +1,4 @@
-"""Something happens to one process of two: what both do, and how the run goes on."""
+"""Faults of one process of two: what both do, and how the run resumes."""
 
 import os
 import re
@@ -26,7 +26,7 @@ NAME = r"process {} \(host .+, pid \d+\)"
 
 @pytest.fixture(scope="module")
 def struck(tmp_path_factory) -> Iterator[dict[str, tuple[Run, list[Process]]]]:
-    """Runs to which something happens that takes long to be noticed, with their processes: all wait together."""
+    """Runs with faults that take long to be noticed; they are started together, so that they wait together."""
     runs = {fault: Run(tmp_path_factory.mktemp("struck")) for fault in ("kill 1", "stop 1", "stop 0", "memory 1")}
     processes = {fault: run.start(fault=f"{fault} 6") for fault, run in runs.items()}
     yield {fault: (runs[fault], processes[fault]) for fault in runs}
@@ -73,7 +73,7 @@ def test_a_process_hangs(struck, uninterrupted):
 
 
 def test_the_main_process_hangs(struck, uninterrupted):
-    """Its store answers nothing, and torch would wait for ever."""
+    """Its store does not respond, and torch would wait forever."""
     run, (hung, other) = struck["stop 0"]
     assert exit_codes([other]) == [5]
     assert re.search(NAME.format(0) + " hosts the store of all processes and no longer responds", run.printed(1))
@@ -102,7 +102,7 @@ def test_a_mistake_in_one_process(run, uninterrupted):
 
 
 def test_an_error_of_one_process_that_may_be_another_ones_fault(struck, uninterrupted):
-    """torch raises RuntimeError for what is wrong here and for a lost connection."""
+    """torch raises RuntimeError for an error here as well as for a lost connection."""
     run, processes = struck["memory 1"]
     assert exit_codes(processes) == [5, 1]
     assert re.search(NAME.format(1) + " stopped: RuntimeError: out of memory", run.printed(0))

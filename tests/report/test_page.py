@@ -20,7 +20,7 @@ STEPS = (0, 50, 100)
 
 
 def write_run(folder: Path, *, enabled: bool = True, loss_weight: float = 1.0, evaluated: bool = True) -> Path:
-    """A run folder as training and evaluations leave it, with two 16-pixel images and K = 2."""
+    """A run folder as written by training and evaluations, with two 16-pixel images and K = 2."""
     config = Config()
     config.equivariance.transform = "a_module_that_is_not_here:Gamma"
     config.equivariance.enabled, config.equivariance.loss_weight = enabled, loss_weight
@@ -81,7 +81,7 @@ def equivariance_rows() -> list[dict]:
 
 
 def color_features(images: np.ndarray) -> np.ndarray:
-    """Patch tokens that turn with the image: the mean colour of each 4-pixel patch."""
+    """Patch tokens that rotate with the image: the mean colour of each 4-pixel patch."""
     batch, height, width, _ = images.shape
     return images.reshape(batch, height // 4, 4, width // 4, 4, 3).mean(axis=(2, 4))
 

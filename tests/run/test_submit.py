@@ -37,7 +37,7 @@ def run_folder(tmp_path_factory) -> Path:
 
 
 def script(capsys, *arguments: str) -> list[str]:
-    """Lines of the sbatch script."""
+    """The lines of the sbatch script."""
     assert main([*TRAIN, "--print-sbatch", *arguments]) == 0
     return capsys.readouterr().out.splitlines()
 
@@ -186,7 +186,7 @@ def test_evaluations_check_without_computing(name, run_folder, tmp_path, capsys)
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_no_flag_means_two_things(name):
-    """All flags stand on one line, so submit must take none that belongs to the program."""
+    """All flags are on one command line, so submit must not take any that belongs to the program."""
     program = importlib.import_module(COMMANDS[PROGRAMS[name]][0]).build_parser()
     flags = [set(parser._option_string_actions) - {"-h", "--help"} for parser in (program, build_parser())]
     assert not flags[0] & flags[1]
@@ -210,7 +210,7 @@ def test_a_job_holds_strings_only():
 
 
 def test_two_processes_on_this_host(monkeypatch, capsys):
-    """They are ranked, and run a copy of code and settings, from where the job was submitted."""
+    """The processes have ranks, and run a copy of code and settings in the folder of the submission."""
     Path("modules").mkdir()
     Path("modules/mine.py").write_text(
         "from pathlib import Path\nimport dinov2_eq\nfrom dinov2_eq.equivariance.transforms import SE2\n"

@@ -18,13 +18,13 @@ CHECKS = {"launch", "versions", "devices", "compile", "slurm", "attention", "dat
 
 
 def parse(output):
-    """(level, check, text) of each line"""
+    """Splits the output into (level, check, text) of each line."""
     return [tuple(line.split(maxsplit=2)) for line in output.splitlines()]
 
 
 @pytest.fixture
 def doctor(capsys, monkeypatch):
-    """Gives (exit code, lines) of a call with the recipe `debug` and more arguments."""
+    """Runs the doctor on the recipe `debug` with more arguments; returns exit code and lines."""
     monkeypatch.setattr(program, "READING_S", 0.1)
 
     def call(*arguments):
@@ -52,7 +52,7 @@ def test_a_machine_that_is_well(doctor, tmp_path):
 
 
 def what_it_prints():
-    """And its exit code."""
+    """The output of a process, and its exit code."""
     with redirect_stdout(StringIO()) as output, pytest.raises(SystemExit) as stop:
         program.main(["--config-file", "debug"])
     return output.getvalue(), stop.value.code

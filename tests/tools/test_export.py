@@ -1,4 +1,4 @@
-"""Exports are loaded by the libraries they are for, by the code in their own README, and back by this project."""
+"""Exports load in their own libraries, with the code of their README, and in this project."""
 
 import json
 import re
@@ -52,7 +52,7 @@ RECIPES = {
 
 
 def randomised(backbone):
-    """No tensor at a special value, so that none can be lost or exchanged unnoticed."""
+    """Fills all tensors with random values, so that none can be lost or exchanged unnoticed."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in backbone.named_parameters():
         centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
@@ -61,7 +61,7 @@ def randomised(backbone):
 
 
 def checkpoint(folder, overrides=(), **changes) -> Path:
-    """A run folder as a training leaves it, with a teacher of random weights."""
+    """A run folder as training writes it, with a teacher of random weights."""
     config = tiny_config("train.dataset_path=ImageFolder:root=/secret/birds", *overrides)
     arguments = backbone_arguments(to_dict(config)["student"])
     backbone = randomised(build_backbone(**arguments, img_size=config.crops.global_crops_size))
@@ -88,7 +88,7 @@ def message(*arguments, error=ValueError, more=()):
 
 
 def follow_the_readme(folder, monkeypatch):
-    """Runs the code of a README.md where it says, and returns its images and tokens."""
+    """Runs the code of a README.md in its folder, and returns its images and tokens."""
     [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(folder)
     names = {}
@@ -132,7 +132,7 @@ def test_libraries_are_told_how_to_prepare_images(tmp_path):
 
 
 def test_where_positions_are_resized_otherwise_it_is_said(tmp_path):
-    """As trained: offset 0.1 and no antialiasing. timm and transformers have no offset, timm has antialiasing."""
+    """Trained with offset 0.1 and no antialiasing; timm and transformers have no offset, timm has antialiasing."""
     checkpoint(tmp_path / "run")
     run(tmp_path / "run", tmp_path / "out", "timm", "hf", "backbone")
     for target in ("timm", "hf", "backbone"):

@@ -38,7 +38,7 @@ def test_the_results_are_of_this_code(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_operations_are_about_two_for_each_weight_and_token(name):
-    """And twice that in the backward pass; attention between the tokens and the patches' convolution come on top."""
+    """The backward pass takes twice as many; attention and the patch embedding add a little."""
     model, arch = MODELS[name], {"ViT-L": ARCHS["vit_large"], "ViT-g": ARCHS["vit_giant2"]}[name[:5]]
     per_block = 12 * arch.embed_dim**2
     kept = 0.6 if "g/14" in name else 0.7  # by stochastic depth
@@ -109,7 +109,7 @@ def test_the_time_of_a_step_worked_out_by_hand(monkeypatch, sending_s, step_s, i
 
 @pytest.mark.parametrize(("gpus", "more_than_fits"), [(8, True), (512, False)])
 def test_a_step_takes_the_largest_power_of_two_that_fits(gpus, more_than_fits):
-    """Or the whole share of a GPU."""
+    """Unless all images of a GPU fit in one forward."""
     split = scaling.choose_split("ViT-L/16", gpus, 2048)
     assert split.batch * split.accumulation * gpus == 2048
     limit = 0.9 * 80e9 / 1024**3

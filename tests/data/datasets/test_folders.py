@@ -1,4 +1,4 @@
-"""Images as files, and what lies beside them."""
+"""Datasets of image files, with other files next to them."""
 
 import logging
 import os
@@ -97,7 +97,7 @@ def test_keys_of_dinov2(tmp_path, caplog):
 
 
 def length_and_warnings(string, caplog):
-    """The number of images, and what was logged."""
+    """Returns the number of images, and what was logged."""
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         dataset = build_dataset(string)

@@ -1,4 +1,4 @@
-"""Tar shards as WebDataset packs them, against a slow reading with tarfile; every way to be wrong."""
+"""Tar shards packed as for WebDataset, compared with a slow reading by tarfile; and all kinds of mistakes."""
 
 import gzip
 import io
@@ -95,7 +95,7 @@ def test_training_needs_no_usable_labels(tmp_path, content):
 
 
 def images_of(path, options=""):
-    """What the dataset reads: the numbers of its pictures."""
+    """The numbers of the pictures that the dataset reads."""
     dataset = build_dataset(f"WebDataset:urls={path}{options}")
     return [number_of(dataset, index) for index in range(len(dataset))]
 
@@ -125,7 +125,7 @@ def test_labels_of_names_with_dots(tmp_path):
 
 
 def warnings_of(path, caplog, options=""):
-    """What is logged at the first start, which is what the second one says, that reads the index."""
+    """Returns what the first start logs; the second one, which reads the index, must log the same."""
     logged = []
     for _ in range(2):
         caplog.clear()
