@@ -1,30 +1,30 @@
-"""How a process ends: exit codes, and the exceptions that stand for them."""
+"""Exit codes, the exceptions that lead to them, and a way to end a process at once."""
 
 import logging
 import os
 import threading
 
 MISTAKE = 2  # in config, data, files or flags
-NOT_FINITE = 3
+NOT_FINITE = 3  # the loss or a gradient
 STOPPED = 4  # by a signal
-PROCESS_LOST = 5  # another one of the run
-INTERRUPTED = 130  # by Ctrl-C, as shells have it
-LOGGING_S = 1.0
+PROCESS_LOST = 5  # another process of the run
+INTERRUPTED = 130  # by Ctrl-C, the usual code of shells
+LOGGING_S = 1.0  # how long the last log line may take
 
 logger = logging.getLogger(__name__)
 
 
 class Stopped(BaseException):
-    """A signal asked the command to stop. It may arise anywhere, so `except Exception` lets it through."""
+    """A signal asked the command to stop; a BaseException, so that `except Exception` does not catch it."""
 
 
 class ProcessLost(OSError):
-    """Another process of the run left before all had met."""
+    """Another process of the run left before all had connected."""
 
 
 def end_process(code: int, text: str) -> None:
-    """Ends this process at once, from any of its threads and without cleaning up; the log says why."""
-    # The main thread may be stuck in the middle of a log line.
+    """Logs `text` and ends this process at once, from any thread and without cleaning up."""
+    # The main thread may hold the lock of the log, so do not wait for it forever.
     timer = threading.Timer(LOGGING_S, os._exit, [code])
     timer.daemon = True
     timer.start()

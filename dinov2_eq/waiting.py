@@ -1,8 +1,8 @@
-"""Waits that say what they wait for, and signals that end a process wherever it is.
+"""Logs what a process waits for, and makes signals end it wherever it is.
 
-Python runs its handlers of signals in the main thread, between two instructions. A library that waits in C++, for
-another process say, keeps them from running. So a thread reads the signals too, and ends the process where the main
-thread does not do so itself.
+Python runs signal handlers in the main thread, between two instructions. They do not run while a library waits in C++,
+for example for another process. A second thread therefore reads the signals too, and ends the process if the main
+thread does not.
 """
 
 import logging
@@ -18,13 +18,13 @@ from typing import NamedTuple
 
 from dinov2_eq.exits import INTERRUPTED, STOPPED, end_process
 
-# SLURM: SIGTERM before it takes a node away, and whatever --signal names (submitit: SIGUSR2) before the time is up. A
-# terminal that closes: SIGHUP, unless nohup keeps it away.
+# SLURM sends SIGTERM before it takes a node away, and the signal of --signal (submitit: SIGUSR2) before the time limit.
+# A closing terminal sends SIGHUP, unless nohup prevents it.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 TELL_AFTER_S = 10.0
-REACTION_S = 3.0  # for Ctrl-C to reach the main thread where it waits
-COMPUTING_S = 30.0  # and where it computes; one call of a library may take long
-DOUBLE_PRESS_S = 1.0  # launchers and terminals may pass on the same Ctrl-C twice
+REACTION_S = 3.0  # how long the main thread may take to handle Ctrl-C while it waits
+COMPUTING_S = 30.0  # and while it computes: one call of a library may take long
+DOUBLE_PRESS_S = 1.0  # launchers and terminals may forward the same Ctrl-C twice
 TICK_S = 0.5
 END = 0  # no signal has this number
 
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 
 class Wait(NamedTuple):
+    """A wait of the main thread; `waiting_for` describes the fields."""
+
     what: str
     advice: str
     since: float  # of time.monotonic()
@@ -40,24 +42,24 @@ class Wait(NamedTuple):
 
 
 _waits: list[Wait] = []  # of the main thread, the innermost last
-_patiences: list[float | None] = [None]  # with a stop signal outside of `_waits`, the innermost last
-_obeyed: dict[int, float] = {}  # when the main thread began to do what a signal asks for
+_patiences: list[float | None] = [None]  # arguments of `stop_signals_after`, the innermost last
+_obeyed: dict[int, float] = {}  # when the main thread started to act on each signal
 
 
 @contextmanager
 def waiting_for(
     what: str, *, advice: str = "", tell_after_s: float = TELL_AFTER_S, patience_s: float | None = None
 ) -> Iterator[None]:
-    """Names what the main thread waits for while the context lasts; does nothing in other threads.
+    """Declares what the main thread waits for during the context; does nothing in other threads.
 
-    `SignalWatch` logs the wait and ends it.
+    `SignalWatch` logs the wait, and ends the process after a stop signal.
 
     Args:
-        what: completes "waiting for".
-        advice: a sentence that follows it, without its full stop.
-        tell_after_s: seconds until the log first says so; it says so again each time that has doubled.
-        patience_s: seconds that the wait may go on after a stop signal before the process is ended. None: as long as
-            the code around it says, see `stop_signals_after`.
+        what: completes "waiting for ...".
+        advice: a sentence to log after that, without its full stop.
+        tell_after_s: seconds until the wait is first logged; it is logged again each time it has doubled.
+        patience_s: seconds that the wait may continue after a stop signal. None: the limit of the surrounding
+            `stop_signals_after`.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -72,7 +74,7 @@ def waiting_for(
 
 @contextmanager
 def stop_signals_after(patience_s: float | None) -> Iterator[None]:
-    """Seconds until a stop signal that the main thread does not obey ends the process; None: it has all the time."""
+    """Limits how many seconds the main thread may ignore a stop signal before the process is ended; None: no limit."""
     _patiences.append(patience_s)
     try:
         yield
@@ -81,28 +83,29 @@ def stop_signals_after(patience_s: float | None) -> Iterator[None]:
 
 
 def obey(signum: int) -> None:
-    """The main thread now does what the signal asks for: it takes the time it needs."""
+    """Records that the main thread now acts on the signal, so that `SignalWatch` does not end the process."""
     _obeyed[signum] = time.monotonic()
 
 
 class SignalWatch:
-    """A context manager around a command, with a thread that ends the process where the main thread does not.
+    """A context manager around a command, whose thread ends the process if the main thread does not react to a signal.
 
-    - The first Ctrl-C raises KeyboardInterrupt. Where that does not reach the main thread, the process ends after
+    - The first Ctrl-C raises KeyboardInterrupt. If that does not reach the main thread, the process ends after
       `REACTION_S` in a `waiting_for`, elsewhere after `COMPUTING_S`. A second Ctrl-C ends it at once.
-    - A stop signal ends it when its patience is over: that of `waiting_for`, else that of `stop_signals_after`.
+    - A stop signal ends the process after the `patience_s` of the current `waiting_for`, or else of
+      `stop_signals_after`.
 
-    It also logs waits that are long. In any other thread than the main one it does nothing.
+    It also logs long waits. Outside the main thread it does nothing.
 
     Args:
-        advice: follows "stopped by SIGTERM while waiting for data;" in the log.
+        advice: what the user can do after "stopped by SIGTERM while waiting for data;" in the log.
     """
 
     def __init__(self, advice: str) -> None:
         self._advice = advice
         self._thread: threading.Thread | None = None
-        self._received: dict[int, float] = {}  # when each signal came first
-        self._told: dict[Wait, float] = {}  # after how many seconds each wait was told last
+        self._received: dict[int, float] = {}  # when each signal first arrived
+        self._told: dict[Wait, float] = {}  # after how many seconds each wait was last logged
 
     def __enter__(self) -> "SignalWatch":
         if threading.current_thread() is threading.main_thread():
@@ -122,7 +125,7 @@ class SignalWatch:
         signal.set_wakeup_fd(self._previous_fd)
         if callable(self._previous_sigint):
             signal.signal(signal.SIGINT, self._previous_sigint)
-        os.write(self._writing, bytes([END]))  # closing it would not do: forked processes have it too
+        os.write(self._writing, bytes([END]))  # closing the pipe is not enough: forked processes have it open too
         self._thread.join()
         os.close(self._reading)
         os.close(self._writing)
@@ -147,7 +150,7 @@ class SignalWatch:
                 end_process(INTERRUPTED, "interrupted twice; what was not saved is lost")
 
     def _look(self, now: float) -> None:
-        """Ends the process, or logs the innermost wait, where it is time to do so."""
+        """Ends the process or logs the innermost wait if it is time to do so."""
         waits = list(_waits)
         wait = waits[-1] if waits else None
         while_waiting = f" while waiting for {wait.what}" if wait else ""

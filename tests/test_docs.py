@@ -1,8 +1,8 @@
-"""What the pages tell the reader to type is run as it is written.
+"""Runs the commands of the documentation exactly as written.
 
-Each page is followed from top to bottom in a folder of its own, which holds what the pages take for granted. A block
-that cannot be run here has a comment on the line above it, which Markdown does not show, with the reason and maybe a
-test that stands in for it: `<!-- not run: days on a GPU; see tests/train/test_train.py -->`. Its commands are parsed.
+Each page is followed from top to bottom in its own folder, which contains what the pages assume. A block that cannot
+run here has a comment on the line above it, which Markdown does not show, with the reason and maybe the test that
+replaces it: `<!-- not run: days on a GPU; see tests/train/test_train.py -->`. Its commands are parsed.
 """
 
 import ast
@@ -60,13 +60,13 @@ class Block(NamedTuple):
 
     @property
     def commands(self) -> list[str]:
-        """One a line, without comments."""
+        """One command per line, without comments."""
         text = re.sub(r"(^|\s+)#.*", "", self.text.replace("\\\n", " "), flags=re.MULTILINE)
         return [line for line in text.splitlines() if line] if self.kind == "commands" else []
 
 
 class Page:
-    """A Markdown page, taken apart."""
+    """A Markdown page, split into code blocks, prose and `code` spans."""
 
     def __init__(self, name: str) -> None:
         self.path = PAGES[name]
@@ -79,7 +79,7 @@ class Page:
         self.names: dict[str, Any] = {}  # what its Python defined
 
     def follow(self) -> None:
-        """Does in the working directory what the page says."""
+        """Runs the blocks of the page in the working directory, from top to bottom."""
         for block in self.blocks:
             if block.mark is not None:
                 continue
@@ -110,9 +110,9 @@ def run(command: str) -> None:
 
 
 def parse(command: str) -> None:
-    """Fails where a program of ours does not take these words, or where a config does not load with these settings.
+    """Fails if one of our programs rejects these arguments, or if a config does not load with these settings.
 
-    Words such as `key=...` are left to the reader, and such as `$@` to the shell.
+    Placeholders such as `key=...`, and variables of the shell such as `$@`, are ignored.
     """
     program, *words = shlex.split(command)
     if program == "make":
@@ -134,7 +134,7 @@ def parse(command: str) -> None:
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory) -> Path:
-    """Generated images in the layouts that the pages name, weights of DINOv2's names, and a run that was evaluated."""
+    """A folder with images in the layouts of the pages, weights with DINOv2's names, and a run with an evaluation."""
     folder = tmp_path_factory.mktemp("template")
     generator = np.random.default_rng(0)
     classes = ("n01440764", "n01443537")  # names that ImageNet's layout has
@@ -156,7 +156,7 @@ def template(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def checkout(template, tmp_path, monkeypatch) -> None:
-    """The working directory, a checkout with data and two runs, on a host whose SLURM takes every job and runs none."""
+    """Changes to a checkout with data and two runs, on a host whose SLURM accepts every job and runs none."""
     for path in (ROOT / "hubconf.py", ROOT / "tools", template / "data", template / "dinov2_vits14_pretrain.pth"):
         (tmp_path / path.name).symlink_to(path)
     for name in ("mine", "other"):
@@ -173,7 +173,7 @@ def checkout(template, tmp_path, monkeypatch) -> None:
 
 
 def quickstart(page: Page) -> None:
-    """Again: finished; with optim.steps=20: to 20; one class token."""
+    """The same command is finished, with optim.steps=20 it resumes, and the model gives one class token."""
     again = page.blocks[1].commands[0]
     run(again)
     assert "this run is finished: step 10 of optim.steps=10" in Path("runs/first/logs/log.0.txt").read_text()
@@ -183,7 +183,7 @@ def quickstart(page: Page) -> None:
 
 
 def readme(page: Page) -> None:
-    """The transform of your own trains, from a module that Python finds."""
+    """Training works with the custom transform, from a module that Python can import."""
     (name,) = re.findall(r"`(equivariance\.transform=\S+:\w+)`", page.prose)
     module, _ = name.removeprefix("equivariance.transform=").split(":")
     file = Path(*module.split(".")).with_suffix(".py")
@@ -196,7 +196,7 @@ def readme(page: Page) -> None:
 
 
 def evaluation(page: Page) -> None:
-    """The list was evaluated; where nothing is done yet, it makes four jobs."""
+    """The list was evaluated; without results, submitting it makes four jobs."""
     for ending in ("md", "csv", "json", "html"):
         assert Path(f"results/summary.{ending}").exists()
     assert "failed" not in Path("results/summary.md").read_text()
@@ -234,7 +234,7 @@ def test_the_page_can_be_followed(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_what_is_not_run_has_a_reason(name):
-    """And the file or test that its mark names exists."""
+    """The file or test that the mark names must exist."""
     page = Page(name)
     assert "<!-- not run" not in page.prose, "a mark without a reason, or not on the line above a block"
     assert {block.kind for block in page.blocks} <= {"commands", "files", "python", "yaml"}, "nothing runs this"
@@ -248,7 +248,7 @@ def test_what_is_not_run_has_a_reason(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_what_is_not_run_can_be_parsed(name):
-    """What is ours in marked blocks, and tools in running text."""
+    """Our own commands in marked blocks, and tools in running text."""
     page = Page(name)
     for command in [command for block in page.marked for command in block.commands]:
         if ours := re.search(r"(^make|dinov2-eq|python tools/).*", command):
@@ -260,7 +260,7 @@ def test_what_is_not_run_can_be_parsed(name):
 
 @cache
 def flags_of(command: str) -> set[str]:
-    """Out of its help; a job of `submit` has those of its program too."""
+    """The flags in the help of a command; `submit` also has those of its programs."""
     with contextlib.redirect_stdout(StringIO()) as output, pytest.raises(SystemExit):
         main([*command.split(), "--help"])
     own = set(re.findall(r"(?<![\w-])--[\w-]+", output.getvalue()))
@@ -270,7 +270,7 @@ def flags_of(command: str) -> set[str]:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_flags_in_running_text_exist(name):
-    """Whole commands, and flags on their own."""
+    """Checks whole commands, and flags by themselves."""
     every = set().union(*map(flags_of, COMMANDS)) | FLAGS_OF_OTHERS.keys()
     for span in Page(name).spans:
         if span.startswith("dinov2-eq "):

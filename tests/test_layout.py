@@ -1,4 +1,4 @@
-"""The house: imports go down only, and files stay readable."""
+"""Imports only go to lower floors, and files stay readable."""
 
 import ast
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Waits that say what they wait for, and signals that end a process where Python itself cannot act."""
+"""Waits that are logged, and signals that end a process where Python itself cannot."""
 
 import multiprocessing
 import os
@@ -22,7 +22,7 @@ AGAIN = "run it again"
 
 
 def be_deaf():
-    """Waits in C++, where no handler of Python's runs."""
+    """Waits in C++, where Python's handlers do not run."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store.wait(["never"], timedelta(seconds=30))
 
@@ -32,7 +32,7 @@ def after(seconds, signum):
 
 
 def exit_code_of(function, *args):
-    """Left to itself, `be_deaf` ends a process with 1, in 30 s."""
+    """Without a signal, `be_deaf` ends the process with code 1 after 30 s."""
     ((process,), _) = start_ranks(function, 1, *args)
     process.join(60)
     return process.exitcode
@@ -99,7 +99,7 @@ def quick(monkeypatch):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP])
 def test_without_patience_the_main_thread_has_time(signum, quick):
-    """The step, or the checkpoint, ends by itself: nothing else may end the process."""
+    """The step or checkpoint ends by itself, so nothing else may end the process."""
     before = signal.signal(signum, signal.SIG_DFL)
     try:
         with SignalWatch(AGAIN), StopRequest() as stop, waiting_for("a checkpoint to be written"):
@@ -121,7 +121,7 @@ def test_a_signal_that_is_obeyed_takes_its_time(quick):
 
 
 def test_ignored_signals_stay_ignored():
-    """As nohup wants it."""
+    """A SIGHUP that nohup ignores stays ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopRequest() as stop, stops_raise(AGAIN):
@@ -172,7 +172,7 @@ def test_the_wakeup_fd_of_others_is_given_back():
 
 
 def test_it_ends_while_processes_that_were_forked_inside_go_on():
-    """Data-loading processes may outlive it by a moment."""
+    """Data-loading processes may live a little longer than the watch."""
     with SignalWatch(AGAIN):
         process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
         process.start()
@@ -193,7 +193,7 @@ def test_in_another_thread_nothing_is_installed():
 
 
 def main_process_looks_for_long():
-    """Process 1 waits in a collective meanwhile, and is told to stop."""
+    """Process 1 meanwhile waits in a collective and receives the stop signal."""
     with SignalWatch(AGAIN), StopRequest(), process_group(find_launch(), torch.device("cpu"), 60):
         if get_rank() == 1:
             after(0.5, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Collects the probes of several runs into one JSON file, and a Markdown table of it beside it."""
+"""Collects the probe results of several runs into one JSON file, with a Markdown table next to it."""
 
 import argparse
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ from dinov2_eq.report.runs import Run, load_runs
 TASKS = ("rotation", "translation", "color_jitter", "blur")
 MEANS = ("mean_border_free", "mean_masked")
 PROBES = ("knn", "equivariance")
-# What may differ between probes whose numbers compare. The rows say at which k.
+# Entries of the protocol that may differ between comparable probes. For nb_knn, the rows give the accuracy at each k.
 NOT_PROTOCOL = {"seconds", "environment", "config_file", "num_workers", "random_init", "nb_knn", "notices", "processes"}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tools/collect_results.py", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders with results_eval_knn and _equivariance.json")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; the table goes beside it as .md")
-    parser.add_argument("--k", type=int, help="neighbours of the k-NN column (default: the most that all runs have)")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; the table is written next to it as .md")
+    parser.add_argument("--k", type=int, help="neighbours for the k-NN column (default: the largest k of all runs)")
     return parser
 
 
@@ -44,11 +44,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def results_of(run: Run, probe: str) -> dict[str, Any] | None:
+    """The results of a probe of `PROBES`; None if the run has none."""
     return {"knn": run.knn, "equivariance": run.equivariance}[probe]
 
 
 def check_results(run: Run, probe: str) -> None:
-    """Raises FileNotFoundError where a run was not probed, ValueError where the file is not what the probe writes."""
+    """Checks the results of a probe.
+
+    Raises:
+        FileNotFoundError: the run was not probed.
+        ValueError: the file is not as the probe writes it.
+    """
     path = run.folder / f"results_eval_{probe}.json"
     if results_of(run, probe) is None:
         raise FileNotFoundError(f"{run.folder} has no {path.name}; 'dinov2-eq eval {probe}' writes it")
@@ -62,30 +68,31 @@ def check_results(run: Run, probe: str) -> None:
 
 
 def protocol_of(run: Run, probe: str) -> dict[str, Any]:
+    """The parts of the protocol that must agree between runs."""
     protocol = {key: value for key, value in results_of(run, probe)["protocol"].items() if key not in NOT_PROTOCOL}
     return protocol | {key: without_folders(protocol[key]) for key in ("train_dataset", "val_dataset")}
 
 
 def common_protocol(runs: Sequence[Run], probe: str) -> dict[str, Any]:
-    """How all runs were probed.
+    """The protocol that all runs were probed with.
 
     Raises:
-        ValueError: one was probed otherwise than the first.
+        ValueError: the protocol of a run differs from that of the first.
     """
     expected = protocol_of(runs[0], probe)
     for run in runs[1:]:
-        found = protocol_of(run, probe)
-        if different := [key for key in expected | found if expected.get(key) != found.get(key)]:
-            differences = "; ".join(f"{key} is {found.get(key)!r}, not {expected.get(key)!r}" for key in different)
+        protocol = protocol_of(run, probe)
+        if different := [key for key in expected | protocol if expected.get(key) != protocol.get(key)]:
+            differences = "; ".join(f"{key} is {protocol.get(key)!r}, not {expected.get(key)!r}" for key in different)
             raise ValueError(
-                f"The {probe} results of {run.folder} do not compare with those of {runs[0].folder}: {differences}. "
-                f"Repeat 'dinov2-eq eval {probe}' with the same flags for all runs"
+                f"The {probe} results of {run.folder} cannot be compared with those of {runs[0].folder}: "
+                f"{differences}. Repeat 'dinov2-eq eval {probe}' with the same flags for all runs"
             )
     return expected
 
 
 def choose_k(runs: Sequence[Run], wanted: int | None) -> str:
-    """Raises ValueError where some run has no accuracy at that k."""
+    """The wanted k, or else the largest one that all runs have; raises ValueError if there is none."""
     by_run = {run.folder.name: {int(k) for k in run.knn["results"].get("full", {})} for run in runs}
     common = set.intersection(*by_run.values())
     usable = common if wanted is None else common & {wanted}
@@ -99,6 +106,7 @@ def choose_k(runs: Sequence[Run], wanted: int | None) -> str:
 
 
 def row_of(run: Run) -> dict[str, Any]:
+    """Settings and results of a run, as stored in the JSON file."""
     task, training = run.config["equivariance"], run.config["train"]
     path = run.folder / "environment.json"
     with as_written(path):
@@ -127,7 +135,7 @@ def row_of(run: Run) -> dict[str, Any]:
 
 
 def untrained_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One for each architecture whose probe has it."""
+    """Rows of untrained networks, one for each architecture that was probed untrained."""
     rows: list[dict[str, Any]] = []
     for run in runs:
         scores, backbone = scores_of(run, "random-init"), backbone_of(run)
@@ -151,7 +159,7 @@ def accuracies_of(run: Run) -> dict[str, float]:
 
 
 def scores_of(run: Run, encoder: str) -> dict[str, Any]:
-    """R2 (pooled and mean over components) by task and border, and the means over the tasks."""
+    """R2 by task and border (pooled, and mean over components), and the means over the tasks."""
     rows = [row for row in run.equivariance["rows"] if row["encoder"] == encoder]
     return {
         "r2": {
@@ -169,13 +177,13 @@ def scores_of(run: Run, encoder: str) -> dict[str, Any]:
 
 
 def without_folders(data_string: str) -> str:
-    """The data string with the last part only of each path, which is what means something on another machine."""
+    """Shortens each path in a data string to its last part, because folders mean nothing on other machines."""
     name, options = parse_data_string(data_string)
     return ":".join([name, *(f"{key}={Path(value).name}" for key, value in options.items())])
 
 
 def markdown(rows: Sequence[dict[str, Any]], k: str) -> str:
-    """Pooled R2: rotation and translation as border-free / masked / zeros, colour and blur as unmasked / masked."""
+    """Table of pooled R2: rotation and translation as border-free / masked / zeros, others as unmasked / masked."""
     numbers = ["rotation", "translation", "colour", "blur", "mean border-free", "mean masked", f"{k}-NN %"]
     header = ["run", "kind", *numbers]
     lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * len(numbers)]

@@ -1,10 +1,10 @@
-"""How k-NN accuracy and R2 moved in runs that continued from weights: JSON, a Markdown table and a picture.
+"""Writes how k-NN accuracy and R2 changed in runs that continued from weights: JSON, a Markdown table and a picture.
 
     dinov2-eq eval equivariance --encoder START RUN/eval/training_* --no-random-init --output-dir RUN/curve ...
     python tools/curve.py task=RUN disabled=OTHER --output docs/results/continued.json
 
-k-NN is the run's own (evaluation.knn_period_steps). R2 comes from the first command, whose START is what the run
-started from.
+k-NN comes from the run itself (evaluation.knn_period_steps). R2 comes from the first command, where START are the
+weights that the run started from.
 """
 
 import argparse
@@ -35,12 +35,12 @@ Curves = Mapping[str, Sequence[Mapping[str, float]]]  # by run: a row for each s
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tools/curve.py", description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", type=named_run, metavar="NAME=RUN", help="run folders with curve/ inside")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; .md and .svg go beside it")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; .md and .svg are written next to it")
     return parser
 
 
 def named_run(text: str) -> tuple[str, Path]:
-    """Type of a run on the command line."""
+    """Parses NAME=RUN on the command line."""
     name, separator, folder = text.partition("=")
     if not (name and separator and folder):
         raise argparse.ArgumentTypeError(f"write NAME=RUN, got {text!r}")
@@ -64,7 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_probe(folder: Path) -> dict[str, Any]:
-    """Raises FileNotFoundError where the run was not probed, ValueError where the file is not what the probe writes."""
+    """Reads the R2 results of a run.
+
+    Raises:
+        FileNotFoundError: the run was not probed.
+        ValueError: the file is not as the probe writes it.
+    """
     path = folder / "curve" / "results_eval_equivariance.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -78,7 +83,7 @@ def read_probe(folder: Path) -> dict[str, Any]:
 
 
 def curve_of(run: Run, probe: Mapping[str, Any]) -> list[dict[str, float]]:
-    """The numbers of a run by step, ascending.
+    """Accuracy and R2 of a run, one row per step, ascending.
 
     Raises:
         ValueError: there is no step with both k-NN and R2.
@@ -86,7 +91,7 @@ def curve_of(run: Run, probe: Mapping[str, Any]) -> list[dict[str, float]]:
     knn = dict(zip(*(values.tolist() for values in run.curve(KNN_TOP1)), strict=True))
     rows = []
     for name, description in probe["encoders"].items():
-        # What the run started from has steps of its own.
+        # The weights that the run started from have another step count.
         inside = Path(description["checkpoint"]).is_relative_to(run.folder)
         step = description["step"] if inside else 0
         if step in knn:
@@ -100,13 +105,14 @@ def curve_of(run: Run, probe: Mapping[str, Any]) -> list[dict[str, float]]:
 
 
 def r2_of(probe: Mapping[str, Any], encoder: str) -> dict[str, float]:
-    """R2 by task without borders, and their mean where all four tasks were probed."""
+    """Border-free R2 by task, and their mean if all four tasks were probed."""
     rows = [row for row in probe["rows"] if row["encoder"] == encoder and row["border"] in MEANS[MEAN]]
     means = [row for row in probe["summary"] if row["encoder"] == encoder and row["name"] == MEAN]
     return {row.get("task", MEAN): row["r2_pooled"] for row in [*rows, *means]}
 
 
 def table(curves: Curves, columns: Sequence[str]) -> str:
+    """Markdown table with a row for each run and step."""
     lines = [["run", "step", *(PANELS[name] for name in columns)], ["---", *["---:"] * (len(columns) + 1)]]
     for run, rows in curves.items():
         for row in rows:
@@ -116,7 +122,7 @@ def table(curves: Curves, columns: Sequence[str]) -> str:
 
 
 def draw(curves: Curves, columns: Sequence[str], colors: Mapping[str, str]) -> str:
-    """An SVG file with a panel for each number and a line for each run."""
+    """Draws an SVG file with a panel for each column and a line for each run."""
     figure = Figure(figsize=(2.6 * len(columns), 2.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         for run, rows in curves.items():

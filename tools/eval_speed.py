@@ -1,4 +1,4 @@
-"""Speed of the evaluations beside references, taken in turn in one process: k-NN scores and features of a ViT-S/16."""
+"""Compares the speed of k-NN scores and of the features of a ViT-S/16 with reference implementations."""
 
 import argparse
 import json
@@ -25,12 +25,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tools/eval_speed.py", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--repeats", type=positive, default=5, help="of each, after one that does not count")
-    parser.add_argument("--classes", type=positive, default=1000, help="of the k-NN")
-    parser.add_argument("--train-images", type=positive, default=10000, help="of the k-NN, at least 200")
-    parser.add_argument("--val-images", type=positive, default=512, help="of the k-NN")
-    parser.add_argument("--batch-size", type=positive, default=32, help="of the backbone")
-    parser.add_argument("--image-size", type=positive, default=224, help="of the backbone, a multiple of 16")
+    parser.add_argument("--repeats", type=positive, default=5, help="runs of each, after a warm-up")
+    parser.add_argument("--classes", type=positive, default=1000, help="for k-NN")
+    parser.add_argument("--train-images", type=positive, default=10000, help="for k-NN, at least 200")
+    parser.add_argument("--val-images", type=positive, default=512, help="for k-NN")
+    parser.add_argument("--batch-size", type=positive, default=32, help="for the backbone")
+    parser.add_argument("--image-size", type=positive, default=224, help="for the backbone, a multiple of 16")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser
 
@@ -42,16 +42,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
-        "knn": compare(*knn_contestants(args, device), args.repeats, device),
-        "features": compare(*feature_contestants(args, device), args.repeats, device),
+        "knn": compare_speed(*knn_contestants(args, device), args.repeats, device),
+        "features": compare_speed(*feature_contestants(args, device), args.repeats, device),
     }
     print(json.dumps(result, indent=1))
 
 
-def compare(
+def compare_speed(
     ours: Callable[[], object], reference: Callable[[], object], repeats: int, device: torch.device
 ) -> dict[str, float]:
-    """The fastest of each in seconds, free of what other programs took, and how often ours fits into the reference."""
+    """Times both in turn, and returns the fastest run of each in seconds, and their ratio (above 1: ours is faster).
+
+    The fastest run is the least disturbed by other programs.
+    """
     seconds: dict[str, list[float]] = {"ours": [], "reference": []}
     for _ in range(repeats + 1):
         for name, function in (("ours", ours), ("reference", reference)):
@@ -67,7 +70,7 @@ def compare(
 def knn_contestants(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[Callable[[], list[Tensor]], Callable[[], list[Tensor]]]:
-    """Similarities, neighbours and scores for every k."""
+    """Two functions that compute k-NN scores for every k of `KS`: ours, and DINOv2's method."""
     generator = torch.Generator().manual_seed(0)
     train, val = (
         torch.randn(count, 384, generator=generator).to(device) for count in (args.train_images, args.val_images)
@@ -79,14 +82,14 @@ def knn_contestants(
         return [torch.cat([chunk[k] for chunk in chunks]) for k in KS]
 
     def one_hot_loop() -> list[Tensor]:
-        """DINOv2's way: every neighbour's label as a vector over the classes, weighted, and summed."""
+        """DINOv2's method: each neighbour's label as a one-hot vector over the classes, weighted and summed."""
         columns = F.normalize(train, dim=1).T
-        found = []
+        by_chunk = []
         for chunk in F.normalize(val, dim=1).split(REFERENCE_CHUNK):
             nearest, indices = (chunk @ columns).topk(max(KS), dim=1)
             votes = F.one_hot(labels[indices], args.classes) * (nearest / TEMPERATURE).softmax(dim=1)[:, :, None]
-            found.append([votes[:, :k].sum(dim=1) for k in KS])
-        return [torch.cat(scores) for scores in zip(*found, strict=True)]
+            by_chunk.append([votes[:, :k].sum(dim=1) for k in KS])
+        return [torch.cat(scores) for scores in zip(*by_chunk, strict=True)]
 
     for one, other in zip(ours(), one_hot_loop(), strict=True):
         torch.testing.assert_close(one.float(), other, rtol=1e-4, atol=1e-6)
@@ -96,7 +99,7 @@ def knn_contestants(
 def feature_contestants(
     args: argparse.Namespace, device: torch.device
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """From pixels in [0, 1] to class tokens, by this project's ViT-S/16 and by timm's."""
+    """Two functions that compute class tokens from pixels in [0, 1]: with this project's ViT-S/16, and with timm's."""
     try:
         from timm import create_model
     except ImportError:

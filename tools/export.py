@@ -1,9 +1,9 @@
-"""Gives the teacher's backbone of a run to other programs, each copy loaded there and compared with the original.
+"""Exports the teacher's backbone of a run for other programs, and compares each export with the original.
 
     dinov2-eq export OUT --to timm hf onnx --output-dir exports
 
-Every format gets a folder of its own below the output folder: the weights, README.md with the code that loads them, and
-export.json with the differences that were found.
+Every format gets its own folder below the output folder, with the weights, README.md with the code that loads them, and
+export.json with the measured differences.
 """
 
 import argparse
@@ -47,24 +47,24 @@ from dinov2_eq.train.online_knn import KNN_TOP1
 RECORD, CARD = "export.json", "README.md"
 TOLERANCE = 1e-4  # of the largest feature
 RESIZED = (
-    "Position tables are resized as {} does it: exactly, {}. Where the training did it in another way, features at "
-    "other sizes than the training's differ, see the second column below."
+    "Position tables are resized as in {}: to the exact size, {}. If the training resized them differently, features "
+    "at other image sizes differ, see the second column below."
 )
-SMALL_IMAGES = 64  # pixels; larger ones are shown after a resize to 256/224 of the side, as in the evaluations
+SMALL_IMAGES = 64  # pixels; larger images are cropped from 256/224 of their side, as in the evaluations
 Tokens = tuple[Tensor, Tensor]  # class token [B, D], patch tokens [B, N, D]
 Features = Callable[[Tensor], Tokens]
 
 
 class Target(NamedTuple):
-    """One format."""
+    """A format of exports."""
 
-    file: str  # with the weights
-    packages: tuple[str, ...]  # needed to write it and to load it again
-    write: Callable[[Path, Encoder], None]  # into a folder
-    read: Callable[[Path, Encoder], Features]  # as its own library loads it
+    file: str  # name of the weight file
+    packages: tuple[str, ...]  # needed to write and to load the export
+    write: Callable[[Path, Encoder], None]  # writes to a folder
+    read: Callable[[Path, Encoder], Features]  # loads the export with its own library
     note: str
-    # The original with what the format is known to change, so that nothing else can have changed.
-    as_there: Callable[[DinoVisionTransformer], DinoVisionTransformer] = lambda backbone: backbone
+    # Applies the known changes of the format to the original, so that any other difference is an error.
+    as_exported: Callable[[DinoVisionTransformer], DinoVisionTransformer] = lambda backbone: backbone
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,11 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
         prog="dinov2-eq export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", help="run folder, whose newest teacher is taken, or a teacher checkpoint")
+    add("checkpoint", help="run folder, whose newest teacher is exported, or a teacher checkpoint")
     add("--to", nargs="+", action="extend", required=True, choices=TARGETS, metavar="FORMAT", help=", ".join(TARGETS))
-    add("--output-dir", type=Path, required=True, metavar="DIR", help="where the folders of the formats go")
-    add("--config-file", metavar="YAML", help="config of a checkpoint that carries none")
-    add("--force", action="store_true", help="replace earlier exports")
+    add("--output-dir", type=Path, required=True, metavar="DIR", help="folder for the folders of the formats")
+    add("--config-file", metavar="YAML", help="config of a checkpoint that contains none")
+    add("--force", action="store_true", help="replace existing exports")
     return parser
 
 
@@ -94,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder = load_encoder(path, args.config_file)
     if not encoder.config:
         raise ValueError(
-            f"{path} carries no training config, so it is no teacher checkpoint of this project; if it is one that was "
-            "stripped, pass --config-file with the YAML it was trained with"
+            f"{path} contains no training config, so it is not a teacher checkpoint of this project; if the config was "
+            "removed, pass --config-file with the YAML it was trained with"
         )
     if not isinstance(encoder.backbone, DinoVisionTransformer):
         raise ValueError(
@@ -108,18 +108,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def export(target: str, encoder: Encoder, run: dict[str, Any], folder: Path) -> None:
-    """Writes a format's folder, whole and checked or not at all, and prints the differences.
+    """Writes and checks the folder of a format, completely or not at all, and prints the differences.
 
     Raises:
-        ValueError: the format cannot express the backbone, or what was written gives other features.
+        ValueError: the format cannot express the backbone, or the export computes other features.
     """
     temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        file, packages, write, read, note, as_there = TARGETS[target]
+        file, packages, write, read, note, as_exported = TARGETS[target]
         write(temporary, encoder)
-        checks = compare(read(temporary, encoder), encoder, as_there(encoder.backbone))
+        checks = compare_features(read(temporary, encoder), encoder, as_exported(encoder.backbone))
         if wrong := [check for check in checks if not check["difference"] <= TOLERANCE * check["largest"]]:
             raise ValueError(
                 f"The features of the {target} export differ by {wrong[0]['difference']:.2g} at {wrong[0]['height']} x "
@@ -145,72 +145,73 @@ def export(target: str, encoder: Encoder, run: dict[str, Any], folder: Path) -> 
 
 
 def require_packages(target: str) -> None:
+    """Raises ValueError if a package that the format needs is missing."""
     if missing := [package for package in TARGETS[target].packages if find_spec(package) is None]:
         raise ValueError(f"--to {target} needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def require_free(folder: Path, force: bool) -> None:
-    """Nothing is replaced unasked, and never what is no export."""
+    """Raises FileExistsError if the folder exists and may not be replaced: without --force, or if it is no export."""
     if not folder.exists():
         return
     if not force:
         raise FileExistsError(f"{folder} exists; choose another --output-dir, or --force to replace it")
     if not (folder / RECORD).is_file():
-        raise FileExistsError(f"{folder} is no earlier export, it has no {RECORD}; choose another --output-dir")
+        raise FileExistsError(f"{folder} is not an earlier export: it has no {RECORD}; choose another --output-dir")
 
 
 @torch.inference_mode()
-def compare(features: Features, encoder: Encoder, as_there: DinoVisionTransformer) -> list[dict[str, Any]]:
-    """Features of random images against the encoder's: square ones of the training size, wide and high ones.
+def compare_features(features: Features, encoder: Encoder, as_exported: DinoVisionTransformer) -> list[dict[str, Any]]:
+    """Compares features on random images: square images of the training size, wide and tall ones.
 
     Args:
-        features: those of the export.
-        as_there: the encoder's backbone with what is known to be different in the export.
+        features: computed by the export.
+        as_exported: the encoder's backbone with the known changes of the format.
 
     Returns:
-        for each size height, width, difference (to `as_there`), difference_as_trained (to the encoder), and largest,
-        the largest feature.
+        for each size height, width, difference (to `as_exported`), difference_as_trained (to the encoder), and
+        largest, the largest feature.
     """
     size, patch = encoder.image_size, encoder.backbone.patch_size
     short, long = patch * max(1, size // patch // 2), size + 3 * patch
     generator, checks = torch.Generator().manual_seed(0), []
     for height, width in ((size, size), (short, long), (long, short)):
         images = torch.randn(2, 3, height, width, generator=generator)
-        found, there, trained = (
-            each(images) for each in (features, features_of(as_there), features_of(encoder.backbone))
+        exported, expected, trained = (
+            each(images) for each in (features, features_of(as_exported), features_of(encoder.backbone))
         )
         checks.append(
             {
                 "height": height,
                 "width": width,
-                "difference": largest_difference(found, there),
-                "difference_as_trained": largest_difference(found, trained),
+                "difference": largest_difference(exported, expected),
+                "difference_as_trained": largest_difference(exported, trained),
                 "largest": max(tokens.abs().max().item() for tokens in trained),
             }
         )
     return checks
 
 
-def largest_difference(found: Tokens, expected: Tokens) -> float:
-    """NaN where a feature is."""
-    differences = [(ours - theirs).abs().max() for ours, theirs in zip(found, expected, strict=True)]
-    return torch.stack(differences).max().item()  # Python's own max would lose a NaN
+def largest_difference(first: Tokens, second: Tokens) -> float:
+    """Largest absolute difference between two sets of features; NaN if any feature is."""
+    differences = [(one - other).abs().max() for one, other in zip(first, second, strict=True)]
+    return torch.stack(differences).max().item()  # Python's max could lose a NaN
 
 
 def resizing(backbone: DinoVisionTransformer, antialias: bool) -> DinoVisionTransformer:
-    """The same backbone, but position tables are resized to the exact size, as other libraries do."""
+    """A copy of the backbone that resizes position tables to the exact size, as other libraries do."""
     changed = copy(backbone)
     changed.interpolate_antialias, changed.interpolate_offset = antialias, 0.0
     return changed
 
 
 def in_half_precision(backbone: DinoVisionTransformer) -> DinoVisionTransformer:
-    """The same backbone with weights rounded to half precision; it computes in full."""
+    """A copy of the backbone with weights rounded to half precision, which computes in float32."""
     return deepcopy(backbone).half().float()
 
 
 def read_run(checkpoint: Path) -> dict[str, Any]:
-    """What a run folder tells of a checkpoint in it: processes, environment, k-NN in training and results files."""
+    """Reads what the run folder of a checkpoint contains: processes, environment, k-NN in training, results files."""
     folder = next(
         (parent for parent in checkpoint.parents[:3] if (parent / "config.yaml").is_file()), checkpoint.parent
     )
@@ -223,7 +224,7 @@ def read_run(checkpoint: Path) -> dict[str, Any]:
     ]
     files = sorted({file for place in (folder, checkpoint.parent) for file in place.glob("results_eval_*.json")})
     return {
-        "processes": len(list(folder.glob("logs/log.*.txt"))) or None,  # each has a log of its own
+        "processes": len(list(folder.glob("logs/log.*.txt"))) or None,  # each process has its own log
         "environment": read_json(environment) if environment.is_file() else {},
         "knn": knn[-1] if knn else None,
         "results": {file.name: read_json(file) for file in files},
@@ -243,7 +244,7 @@ def read_backbone(folder: Path, encoder: Encoder) -> Features:
 
 def write_with_config(folder: Path, encoder: Encoder) -> None:
     if encoder.step is None:
-        raise ValueError("This checkpoint does not say of which step it is, as a release must; use --to backbone")
+        raise ValueError("This checkpoint does not contain its step, which this format needs; use --to backbone")
     header = {"config": json.dumps(without_paths(encoder.config)), "step": str(encoder.step)}
     write_safetensors(folder / TARGETS["safetensors"].file, encoder.backbone.state_dict(), header)
 
@@ -307,14 +308,14 @@ def read_graph(folder: Path, encoder: Encoder) -> Features:
 
 
 def read_as(source: str) -> Callable[[Path, Encoder], Features]:
-    """A reader through the encoder sources of the evaluations; {folder} is where the export lies."""
+    """Makes a reader that uses `load_encoder`; {folder} in `source` stands for the folder of the export."""
     return lambda folder, _: features_of(load_encoder(source.format(folder=folder)).backbone)
 
 
 def features_of(backbone: torch.nn.Module) -> Features:
     def features(images: Tensor) -> Tokens:
-        found = backbone(images, is_training=True)
-        return found["x_norm_clstoken"], found["x_norm_patchtokens"]
+        tokens = backbone(images, is_training=True)
+        return tokens["x_norm_clstoken"], tokens["x_norm_patchtokens"]
 
     return features
 
@@ -338,15 +339,15 @@ TARGETS = {
         (),
         write_backbone,
         read_backbone,
-        "The names are DINOv2's, blocks unchunked: DINOv2's own DinoVisionTransformer loads them too.",
+        "Tensors have DINOv2's names, with unchunked blocks. DINOv2's own DinoVisionTransformer loads them too.",
     ),
     "hub": Target(
         "model.safetensors",
         ("safetensors",),
         write_for_hub,
         read_for_hub,
-        "Weights are in half precision. With `projection=True` the entry point gives the invariant and the equivariant "
-        "features too, where the run had the task. `manifest.json` is the entry for the checkout's `weights/`.",
+        "Weights are in half precision. If the run had the task, `projection=True` makes the entry point also compute "
+        "the invariant and equivariant features. `manifest.json` is the entry for `weights/` of the checkout.",
         in_half_precision,
     ),
     "timm": Target(
@@ -362,7 +363,7 @@ TARGETS = {
         ("transformers", "safetensors"),
         write_hugging_face,
         read_as("hf:{folder}"),
-        RESIZED.format("transformers", "with antialiasing where there are registers"),
+        RESIZED.format("transformers", "with antialiasing only for models with registers"),
         lambda backbone: resizing(backbone, antialias=backbone.num_register_tokens > 0),
     ),
     "safetensors": Target(
@@ -370,14 +371,14 @@ TARGETS = {
         ("safetensors",),
         write_with_config,
         read_as("{folder}/model.safetensors"),
-        "The file's header holds the training config and the step.",
+        "The header of the file contains the training config and the step.",
     ),
     "onnx": Target(
         "model.onnx",
         ("onnx", "onnxscript", "onnxruntime"),
         write_graph,
         read_graph,
-        "Any number of images; sides are any multiples of the patch size.",
+        "Takes any number of images, whose sides are multiples of the patch size.",
     ),
 }
 

@@ -1,11 +1,11 @@
-"""Makes a small file of weights for torch.hub from a run, and enters it in the manifest beside it.
+"""Releases the weights of a run for torch.hub: writes a small file, and its entry in the manifest next to it.
 
     python tools/release_weights.py runs/mine mine --output weights --data "my 10,000 images" --default \\
         --result "20-NN top-1 %=31.5" --notes "a test of the program, not for use"
 
-The file holds the teacher's backbone, and the projection where the run had the task, in half precision. Its header
-holds the run's config, without the folders of data and weights. Nothing is released before a file like it was loaded
-through its entry point of torch.hub and gave the run's features.
+The file contains the teacher's backbone in half precision, and the projection if the run had the task. Its header
+contains the run's config, without the folders of data and weights. Before anything is released, a trial file is loaded
+through its entry point of torch.hub and its features are compared with the run's.
 """
 
 import argparse
@@ -31,22 +31,22 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__.partition("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="run folder, whose newest teacher is taken, or a teacher checkpoint")
-    parser.add_argument("name", help="of the release: torch.hub.load(..., weights=NAME)")
+    parser.add_argument("run", type=Path, help="run folder, whose newest teacher is used, or a teacher checkpoint")
+    parser.add_argument("name", help="name of the release, as in torch.hub.load(..., weights=NAME)")
     parser.add_argument("--output", type=Path, default="weights", metavar="DIR", help="folder of the manifest")
-    parser.add_argument("--data", **REQUIRED, metavar="TEXT", help="what it was trained on")
-    parser.add_argument("--notes", **REQUIRED, metavar="TEXT", help="what it is and is not, in a sentence")
+    parser.add_argument("--data", **REQUIRED, metavar="TEXT", help="training data")
+    parser.add_argument("--notes", **REQUIRED, metavar="TEXT", help="what it is good for and what not, in a sentence")
     parser.add_argument(
         "--result", action="append", type=result, default=[], metavar="NAME=VALUE", help="a measurement, repeatable"
     )
     parser.add_argument("--licence", default="Apache-2.0", help="SPDX name")
-    parser.add_argument("--url", help="where the file can be had as well; None: from the checkout only")
-    parser.add_argument("--default", action="store_true", help="what pretrained=True gives for its entry point")
+    parser.add_argument("--url", help="where else the file can be downloaded; None: nowhere")
+    parser.add_argument("--default", action="store_true", help="let pretrained=True load it for its entry point")
     return parser
 
 
 def result(text: str) -> tuple[str, float]:
-    """Type of --result."""
+    """Parses the value of --result."""
     name, _, value = text.rpartition("=")
     try:
         if name:
@@ -72,23 +72,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     with TemporaryDirectory() as trial:
         release = write(Path(trial))
-        similarity = compare(path, Path(trial, release.file), release.entry_point)
+        similarity = smallest_cosine(path, Path(trial, release.file), release.entry_point)
     if not similarity >= MIN_COSINE:
         raise ValueError(
-            f"Nothing was released: in half precision, class tokens minus their mean have a cosine of {similarity:.4f} "
-            f"only to those of {path}, and should have {MIN_COSINE}"
+            f"Nothing was released: in half precision, the cosine between class tokens minus their mean and those of "
+            f"{path} is {similarity:.4f}, but must be at least {MIN_COSINE}"
         )
     release = write(args.output)
     file = args.output / release.file
     print(f"{file}: {release.size / 1e6:.2f} MB, {release.entry_point}, {', '.join(release.contains)}")
-    print(f"class tokens of noise minus their mean, the run's and the release's: cosine at least {similarity:.6f}")
+    print(f"smallest cosine between class tokens of run and release, minus their mean, on noise: {similarity:.6f}")
 
 
 @torch.inference_mode()
-def compare(checkpoint: Path, file: Path, entry_point: str) -> float:
-    """The smallest cosine between class tokens of the checkpoint and of the released file, each minus their mean.
+def smallest_cosine(checkpoint: Path, file: Path, entry_point: str) -> float:
+    """Smallest cosine between class tokens of the checkpoint and of the released file, each minus their mean.
 
-    What all images share says nothing: it alone gives a cosine near 1 where the tokens are nearly alike.
+    Without subtracting the mean, the cosine would be near 1 for any weights whose tokens are nearly alike.
     """
     encoder = load_encoder(checkpoint)
     images = torch.randn(8, 3, encoder.image_size, encoder.image_size, generator=torch.Generator().manual_seed(0))

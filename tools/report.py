@@ -1,4 +1,4 @@
-"""Writes one HTML page about one or several run folders: `dinov2-eq report OUT... [--output FILE]`."""
+"""Writes one HTML page about one or more run folders: `dinov2-eq report OUT... [--output FILE]`."""
 
 import argparse
 import math
@@ -15,7 +15,7 @@ from dinov2_eq.report.feature_maps import PatchFeatures
 
 
 def patch_features_of(encoder: Encoder) -> PatchFeatures:
-    """The encoder as the report wants it: square images [B, H, W, 3] in uint8 -> patch tokens [B, h, w, D]."""
+    """Wraps an encoder as a function from square images [B, H, W, 3] in uint8 to patch tokens [B, h, w, D]."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.mean, encoder.std))
 
     @torch.inference_mode()
@@ -31,7 +31,9 @@ def patch_features_of(encoder: Encoder) -> PatchFeatures:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="dinov2-eq report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="OUT", help="output folder of a training")
-    parser.add_argument("--output", type=Path, help="the page (default: report.html in the folder that holds all runs)")
+    parser.add_argument(
+        "--output", type=Path, help="HTML file (default: report.html in the folder that contains all runs)"
+    )
     arguments = parser.parse_args(argv)
     runs = load_runs(arguments.runs)
     encoders = {run.name: load_encoder(run.folder) for run in runs if run.teacher_checkpoint and run.snapshots}

@@ -1,7 +1,7 @@
-"""Memory and expected throughput on 1 to 512 GPUs, on paper: pieces counted here, and data-sheet figures of GPUs.
+"""Estimates memory and throughput on 1 to 512 GPUs from operation counts and data-sheet figures.
 
-Nothing of this runs on a GPU. Parameters and floating-point operations are counted on torch's meta device, activations
-are measured on the CPU, and every figure that is assumed is in `ASSUMPTIONS`.
+Nothing here runs on a GPU. Parameters and floating-point operations are counted on torch's meta device, activations are
+measured on the CPU, and all assumed figures are in `ASSUMPTIONS`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ MODELS = {
     ),
 }
 UNITS = {"TFLOP/s": 1e12, "TB/s": 1e12, "GB/s": 1e9, "GB": 1e9, "us": 1e-6, "": 1}
-# (value, unit, where it comes from)
+# (value, unit, source)
 ASSUMPTIONS = {
     "peak": (989, "TFLOP/s", "H100 and H200 SXM data sheets, bfloat16 without sparsity"),
     "memory_h100": (80, "GB", "H100 SXM data sheet"),
@@ -53,7 +53,7 @@ ASSUMPTIONS = {
 ASSUMED = {name: value * UNITS[unit] for name, (value, unit, _) in ASSUMPTIONS.items()}
 GLOBAL_BATCH = 2048
 RUNS = ((1, GLOBAL_BATCH), (8, GLOBAL_BATCH), (64, GLOBAL_BATCH), (512, GLOBAL_BATCH), (512, 8 * GLOBAL_BATCH))
-COUNTED_IMAGES = 20  # so many that every share of them which stochastic depth keeps is whole
+COUNTED_IMAGES = 20  # chosen so that stochastic depth keeps a whole number of them
 GIB = 1024**3
 
 
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tools/scaling.py", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs/results/scaling.json"), help="JSON file")
     parser.add_argument(
-        "--document", type=Path, default=Path("docs/scaling.md"), help="gets the tables, between markers"
+        "--document", type=Path, default=Path("docs/scaling.md"), help="Markdown file whose tables are replaced"
     )
     return parser
 
@@ -108,7 +108,7 @@ def forward_and_backward(function: Callable[[], Tensor]) -> float:
 
 
 def count(name: str) -> dict[str, Any]:
-    """Parameters and floating-point operations of one image in one optimizer step; multiply and add are two."""
+    """Counts parameters and floating-point operations of one image in one step (multiply and add count as two)."""
     config = config_of(name)
     crops, images = config.crops, COUNTED_IMAGES
     arch = build_arch(config, torch.device("meta"))
@@ -160,7 +160,7 @@ def count(name: str) -> dict[str, Any]:
 
 
 def measure_block(name: str) -> dict[str, float]:
-    """Bytes that autograd keeps of one token in one block at full width, in bfloat16, measured on the CPU."""
+    """Measures the bytes that autograd keeps for one token in one block at full width, in bfloat16 on the CPU."""
     config = config_of(name)
     student, crops = config.student, config.crops
     backbone = build_backbone(
@@ -177,7 +177,7 @@ def measure_block(name: str) -> dict[str, float]:
 
     def keep(tensor: Tensor) -> Tensor:
         if weights.isdisjoint([tuple(tensor.shape), tuple(tensor.shape[::-1])]):
-            storages[id(tensor.untyped_storage())] = tensor.untyped_storage()  # kept alive, so that no id comes twice
+            storages[id(tensor.untyped_storage())] = tensor.untyped_storage()  # kept alive, so that ids stay unique
         return tensor
 
     shapes = [(10, 29), (20, 11)]
@@ -192,7 +192,7 @@ def measure_block(name: str) -> dict[str, float]:
 
 
 def memory(name: str, batch: int, gpus: int, strategy: str, checkpointing: bool = False) -> dict[str, float]:
-    """GiB of each GPU."""
+    """Estimated memory of each GPU in GiB, by purpose."""
     overrides = [f"train.batch_size_per_gpu={batch}", f"fsdp.strategy={strategy}"]
     config = config_of(name, *overrides, f"fsdp.activation_checkpointing={str(checkpointing).lower()}")
     return estimate_memory(config, build_arch(config, torch.device("meta")), True, gpus, nodes(gpus))
@@ -203,7 +203,7 @@ def nodes(gpus: int) -> int:
 
 
 def largest_batch(name: str, gpus: int, card: str, checkpointing: bool) -> int:
-    """Images in one forward that fit; 0: not even one."""
+    """Number of images that fit in one forward; 0: not even one."""
     limit = ASSUMED["usable_memory"] * ASSUMED[f"memory_{card}"] / GIB
     first, second = (memory(name, batch, gpus, "grad_op", checkpointing)["total"] for batch in (1, 2))
     return max(0, int((limit - first) / (second - first)) + 1)  # memory is linear in the batch
@@ -231,11 +231,11 @@ def seconds_to_send(size: float, processes: int, bandwidth: float, collectives: 
 
 
 def communication(model: Mapping[str, Any], strategy: str, gpus: int) -> dict[str, float]:
-    """Bytes that go through each process in one forward and backward, and the seconds that takes.
+    """Bytes that each process sends in one forward and backward, and the seconds that this takes.
 
-    Parameters are gathered in bfloat16, once where they stay until the backward pass, else twice; gradients are summed
-    in float32 in every backward; the teacher is gathered once. Between nodes, each of the GPUs' adapters carries its
-    part of a ring, so that a node sends with all of them.
+    Parameters are gathered in bfloat16, once if they are kept until the backward pass, otherwise twice. Gradients are
+    summed in float32 in every backward. The teacher is gathered once. Between nodes, each GPU's adapter carries its
+    part of a ring, so a node sends with all adapters.
     """
     replicas, shards = STRATEGIES[strategy].mesh_shape(gpus, min(gpus, ASSUMED["gpus_per_node"]))
     trained, teacher, units = sum(model["parameters"].values()), model["teacher_parameters"], model["units"]
@@ -245,7 +245,7 @@ def communication(model: Mapping[str, Any], strategy: str, gpus: int) -> dict[st
     reduced = 2 * 4 * trained / shards if replicas > 1 else 0
     within = ASSUMED["nvlink"]
     across = min(within, ASSUMED["network"] * ASSUMED["gpus_per_node"])
-    # The replicas of hybrid are as many rings between nodes at a time as a node has GPUs.
+    # The replicas of hybrid form as many simultaneous rings between nodes as a node has GPUs.
     replica_link = ASSUMED["network"] if shards > 1 else (across if nodes(gpus) > 1 else within)
     shard_link = across if shards > ASSUMED["gpus_per_node"] else within
     seconds = seconds_to_send(gathered + scattered, shards, shard_link, (times + 2) * units)
@@ -265,7 +265,7 @@ def communication_of(model: Mapping[str, Any], strategy: str, gpus: int) -> dict
 
 
 class Split(NamedTuple):
-    """How a step's images are dealt to one GPU."""
+    """How the images of a step are split on one GPU."""
 
     batch: int  # images in one forward
     accumulation: int
@@ -273,7 +273,7 @@ class Split(NamedTuple):
 
 
 def choose_split(name: str, gpus: int, global_batch: int) -> Split:
-    """The largest forward that fits an H100, with activation checkpointing where not even 16 images fit without."""
+    """Chooses the largest power of two that fits an H100; with activation checkpointing if fewer than 16 images fit."""
     share = global_batch // gpus
     fitting = {wanted: largest_batch(name, gpus, "h100", wanted) for wanted in (False, True)}
     checkpointing = fitting[False] < min(share, 16)
@@ -282,14 +282,14 @@ def choose_split(name: str, gpus: int, global_batch: int) -> Split:
 
 
 def run(model: Mapping[str, Any], gpus: int, global_batch: int, strategy: str = "grad_op") -> dict[str, Any]:
-    """One optimizer step on H100s: forwards, what is sent meanwhile, and the update, which reads and writes memory."""
+    """Estimates one optimizer step on H100s: forwards, what is sent meanwhile, and the update of the weights."""
     split = choose_split(model["name"], gpus, global_batch)
     parts = model["flops_per_image"]
     per_image = parts["total"] + (parts["student forward"] if split.checkpointing else 0)
     computing = split.batch * per_image / (ASSUMED["peak"] * ASSUMED["utilisation"])
     sending = communication(model, strategy, gpus)["seconds"]
-    # AdamW reads weight, gradient and moments, and writes all but the gradient; clipping reads and writes the gradient;
-    # the teacher's update reads both and writes one.
+    # AdamW reads weight, gradient and two moments and writes all but the gradient (7 values), clipping reads and writes
+    # the gradient (2), and the teacher's update reads both networks and writes one (3).
     shards = STRATEGIES[strategy].mesh_shape(gpus, ASSUMED["gpus_per_node"])[1]
     moved = 4 * (9 * sum(model["parameters"].values()) + 3 * model["teacher_parameters"]) / shards
     update = moved / ASSUMED["memory_bandwidth"]
@@ -313,7 +313,7 @@ def run(model: Mapping[str, Any], gpus: int, global_batch: int, strategy: str = 
 
 
 def rounded(value: Any) -> Any:
-    """The same with four significant digits in every float."""
+    """Rounds every float in nested results to four significant digits."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A picture of the task: both views, the intermediate targets, and what the decoders make of them."""
+"""Draws a picture of the task: both views, the intermediate targets and their reconstructions."""
 
 import argparse
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     run = load_runs([args.run])[0]
     if not run.snapshots:
-        raise ValueError(f"{args.run} has no samples; train with evaluation.sample_period_steps > 0")
+        raise ValueError(f"{args.run} has no samples; train with evaluation.sample_period_steps above 0")
     snapshot = load_snapshot(run.snapshots[-1])
     columns: list[tuple[str, np.ndarray]] = [("anchor v1", snapshot.anchor_view), ("base u", snapshot.base_view)]
     for k, fraction in enumerate(snapshot.fractions):

@@ -1,4 +1,4 @@
-"""Training checkpoints: written in the background, renamed when whole, checked before they are trusted."""
+"""Training checkpoints: written in the background, renamed when complete, verified before they are loaded."""
 
 import json
 import logging
@@ -37,23 +37,23 @@ MANIFEST = "manifest.json"
 
 
 class Checkpointer:
-    """Folders `<folder>/<step>/` in torch's distributed checkpoint format.
+    """Saves and loads folders `<folder>/<step>/` in torch's distributed checkpoint format.
 
-    With several processes all of them make one and call its methods together; the main process alone makes, renames
-    and removes folders. Call `close` at the end.
+    With several processes, all of them construct one and call its methods together. Only the main process creates,
+    renames and removes folders. Call `close` at the end.
 
     Args:
-        keep: how many of the newest stay, at least 1.
-        keep_every_steps: those whose step is a multiple of it stay as well; 0: none.
+        keep: number of recent checkpoints to keep, at least 1.
+        keep_every_steps: also keep every checkpoint whose step is a multiple of this; 0: none.
     """
 
     def __init__(self, folder: Path, keep: int, keep_every_steps: int = 0) -> None:
         self.folder = folder
         self.keep = keep
         self.keep_every_steps = keep_every_steps
-        # The background's collectives must not meet those of the training, which go on meanwhile.
+        # A separate group, because training runs its own collectives while a save is in the background.
         self._group = dist.new_group(backend="gloo") if is_distributed() else None
-        # Kept, with the memory of its copy: fresh memory at every save made the copy several times slower.
+        # Kept between saves together with its memory: allocating at every save made the copy several times slower.
         self._stager = DefaultStager(
             StagingOptions(
                 use_pinned_memory=False,
@@ -64,13 +64,14 @@ class Checkpointer:
         )
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[str | None] | None = None
-        # torch's remark, from a thread of its own, at every save and load of a single process.
+        # torch warns at every save and load of a single process.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Copies `state` (nested dicts of tensors, DTensors and plain values); the copy is written in the background.
+        """Copies `state` (nested dicts of tensors, DTensors and plain values) and writes the copy in the background.
 
-        Waits for the save before this one. A failed save stops nothing here: the next `save` logs it, `wait` raises.
+        Waits for the previous save to finish. If writing fails, training continues: the next `save` logs the failure,
+        and `wait` raises it.
         """
         self._log_failure(self._outcome())
         temporary = self.folder / f"{step}{TEMPORARY}"
@@ -82,7 +83,7 @@ class Checkpointer:
             return
         written = dcp.async_save(
             state,
-            storage_writer=_Writer(temporary, per_thread_copy_ahead=0),  # nothing to copy ahead: it is in memory
+            storage_writer=_Writer(temporary, per_thread_copy_ahead=0),  # the copy is in memory already
             process_group=self._group,
             async_stager=self._stager,
             no_dist=self._group is None,
@@ -90,21 +91,21 @@ class Checkpointer:
         self._under_way = self._background.submit(self._finish, step, written)
 
     def wait(self) -> None:
-        """Returns when the save under way, if there is one, is a whole folder.
+        """Waits until the current save, if any, is a complete folder.
 
         Raises:
-            OSError: it could not be written, on every process alike; older checkpoints are intact.
+            OSError: it could not be written. All processes raise it; older checkpoints are intact.
             RuntimeError: the connection to another process broke.
         """
         failure = self._outcome()
         if failure is not None:
             raise OSError(
-                f"{failure}. Older checkpoints are intact: when {self.folder} can be written again, the same command "
-                "goes on from the newest"
+                f"{failure}. Older checkpoints are intact. Once {self.folder} can be written again, rerun the same "
+                "command to resume from the newest"
             )
 
     def close(self) -> None:
-        """Waits without raising, and frees threads, memory and process group."""
+        """Waits for the current save without raising, then frees threads, memory and process group."""
         try:
             self._log_failure(self._outcome())
         except RuntimeError as error:
@@ -115,7 +116,7 @@ class Checkpointer:
             dist.destroy_process_group(self._group)
 
     def _outcome(self) -> str | None:
-        """Waits for the save under way; what went wrong with it."""
+        """Waits for the current save; returns why it failed, or None."""
         under_way, self._under_way = self._under_way, None
         if under_way is None:
             return None
@@ -135,18 +136,22 @@ class Checkpointer:
         temporary.mkdir(parents=True)
 
     def _finish(self, step: int, written: Future) -> str | None:
-        """In the background: a whole folder, or none; returns what went wrong, the same on every process."""
+        """Publishes the written folder, or removes it after a failure; runs in the background.
+
+        Returns:
+            why the save failed, or None; the same on every process.
+        """
         outcome: list[str | None] = [None]
         try:
-            written.result()  # of all processes: torch exchanges their failures
+            written.result()  # raises if any process failed: torch exchanges the failures
             if is_main_process():
                 self._publish(step)
-        except (Exception, CheckpointException) as error:  # torch's own is no Exception
+        except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
             outcome = [self._failure(step, error)]
             if is_main_process():
                 _remove(self.folder / f"{step}{TEMPORARY}")
             if self._group is not None and isinstance(error, RuntimeError):
-                raise  # a collective's: another process is gone, there is nothing to agree upon
+                raise  # from a collective: another process is gone, so broadcasting would fail too
         if self._group is not None:
             dist.broadcast_object_list(outcome, group=self._group)
         return outcome[0]
@@ -165,25 +170,25 @@ class Checkpointer:
         logger.info("saved %s", final)
         if replaced.exists():
             _remove(replaced)
-        # Newer ones are damaged: the run went back behind them.
+        # Newer ones are not counted: the run went back to an older checkpoint because they are damaged.
         for old in [other for other in self.steps() if other <= step][: -self.keep]:
             if self.keep_every_steps == 0 or old % self.keep_every_steps:
                 _remove(self.folder / str(old))
 
     def steps(self) -> list[int]:
-        """Steps with a checkpoint, oldest first; unfinished ones are not counted."""
+        """Steps that have a complete checkpoint, oldest first."""
         if not self.folder.is_dir():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
 
     def newest_whole(self) -> int | None:
-        """Step of the newest undamaged checkpoint, None where there is none at all.
+        """Step of the newest undamaged checkpoint, or None if the folder has no checkpoints.
 
         Raises:
-            ValueError: there are checkpoints but every one is damaged.
+            ValueError: every checkpoint is damaged.
         """
         damages = []
-        for step in reversed(from_main_process(self._look)):
+        for step in reversed(from_main_process(self._steps_and_leftovers)):
             damage = self.damage(str(step))
             if damage is None:
                 return step
@@ -195,15 +200,16 @@ class Checkpointer:
             raise ValueError(
                 "No checkpoint of this run can be resumed from:\n  "
                 + "\n  ".join(damages)
-                + "\nRestore one of these folders, or start again with --no-resume"
+                + "\nRestore one of these folders, or start over with --no-resume"
             )
         return None
 
     def load(self, step: int, state: dict[str, Any]) -> None:
-        """Fills `state` in place.
+        """Loads a checkpoint into `state`, in place.
 
         Raises:
-            ValueError: the tensors of `state["model"]` are not those that were saved (another architecture).
+            ValueError: names or shapes in `state["model"]` differ from the saved ones, or the checkpoint does not fit
+                in another way.
         """
         folder = self.folder / str(step)
         saved = {name: tuple(entry.size) for name, entry in _stored_model(folder).items()}
@@ -212,9 +218,9 @@ class Checkpointer:
         if different:
             examples = (f"{name}: {saved.get(name)} saved, {wanted.get(name)} in this config" for name in different[:3])
             raise ValueError(
-                f"Checkpoint {folder} is of another architecture: {len(different)} of {len(wanted)} tensors differ ("
+                f"Checkpoint {folder} has another architecture: {len(different)} of {len(wanted)} tensors differ ("
                 + "; ".join(examples)
-                + "). Use the config that the run began with, another --output-dir, or --no-resume"
+                + "). Use the config that the run started with, another --output-dir, or --no-resume"
             )
         try:
             with waiting_for(f"checkpoint {folder} to be read", patience_s=PATIENCE_S):
@@ -222,19 +228,20 @@ class Checkpointer:
         except CheckpointException as error:
             reason = str(next(iter(error.failures.values()))[0])
             raise ValueError(
-                f"Checkpoint {folder} does not fit this config: {reason}. Use the config that the run began with, "
+                f"Checkpoint {folder} does not fit this config: {reason}. Use the config that the run started with, "
                 "another --output-dir, or --no-resume"
             ) from None
 
-    def _look(self) -> list[int]:
+    def _steps_and_leftovers(self) -> list[int]:
+        """Steps as `steps` returns them; logs unfinished folders."""
         for leftover in sorted(self.folder.glob(f"*{TEMPORARY}")):
             logger.warning("%s was never finished; it is ignored", leftover)
         return self.steps()
 
     def damage(self, name: str) -> str | None:
-        """What is wrong with a folder in here, None where nothing is; the same answer on all processes.
+        """Describes what is wrong with the folder `name`; None if nothing is.
 
-        Each reads its share of the files.
+        Each process reads its share of the files, and all get the same answer.
         """
         folder = self.folder / name
         try:
@@ -242,17 +249,17 @@ class Checkpointer:
         except (OSError, ValueError) as error:
             return f"{MANIFEST} cannot be read: {error}"
         if not manifest:
-            return f"{MANIFEST} names no files"
+            return f"{MANIFEST} lists no files"
         share = sorted(manifest.items())[get_rank() :: get_world_size()]
         with waiting_for(f"checkpoint {folder} to be compared with its manifest", patience_s=PATIENCE_S):
-            found = gather_objects(
-                [damage for name, fingerprint in share if (damage := _compare(folder / name, fingerprint))]
+            damages_by_rank = gather_objects(
+                [damage for name, sha256 in share if (damage := _file_damage(folder / name, sha256))]
             )
-        return next((damage for damages in found for damage in damages), None)
+        return next((damage for damages in damages_by_rank for damage in damages), None)
 
 
 def read_model(folder: Path) -> dict[str, Tensor]:
-    """The whole tensors of `state["model"]` in one checkpoint folder, on the CPU; for one process by itself."""
+    """Reads the unsharded tensors of `state["model"]` from a checkpoint folder, on the CPU, in a single process."""
     model = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in _stored_model(folder).items()
     }
@@ -270,7 +277,7 @@ def _stored_model(folder: Path) -> dict[str, TensorStorageMetadata]:
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Says why a file could not be written: torch reports a full disk as an "unexpected pos" in its archive."""
+    """A writer that raises the OSError behind torch's "unexpected pos", such as a full disk."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         try:
@@ -295,12 +302,12 @@ def _remove(folder: Path) -> None:
         logger.warning("%s could not be removed: %s", folder, error)
 
 
-def _compare(path: Path, fingerprint: str) -> str | None:
-    """What is wrong with a file."""
+def _file_damage(path: Path, sha256: str) -> str | None:
+    """Describes what is wrong with a file; None if nothing is."""
     if not path.is_file():
         return f"{path.name} is missing"
     try:
-        if file_sha256(path) != fingerprint:
+        if file_sha256(path) != sha256:
             return f"{path.name} is not what was written ({path.stat().st_size} bytes)"
     except OSError as error:
         return f"{path.name} cannot be read: {error}"

@@ -1,4 +1,4 @@
-"""Files that say which training classes the labels of another dataset mean."""
+"""Reads class mappings: files that map the labels of a test set to those of the training set."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -7,18 +7,18 @@ import numpy as np
 
 
 class ClassMapping(NamedTuple):
-    """Which classes of ImageNet those of ImageNet-R are, say."""
+    """The training labels of the M classes of a test set, for example of ImageNet-R in ImageNet."""
 
     path: Path
-    labels: np.ndarray  # [M] int64: entry i is the training label of the class that has label i elsewhere
+    labels: np.ndarray  # [M] int64: entry i is the training label of the test set's class i
 
 
 def read_class_mapping(path: Path) -> ClassMapping:
-    """Reads the labels from an .npy file.
+    """Reads a class mapping from an .npy file.
 
     Raises:
-        OSError: no such file, or one that cannot be read.
-        ValueError: no .npy file, or not a list of different labels.
+        OSError: the file does not exist or cannot be read.
+        ValueError: it is not an .npy file, or not a list of different labels.
     """
     try:
         mapping = np.load(path, allow_pickle=False)
@@ -26,8 +26,8 @@ def read_class_mapping(path: Path) -> ClassMapping:
         raise FileNotFoundError(f"Class mapping {path} does not exist") from None
     except OSError as error:
         raise OSError(f"Class mapping {path} cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # numpy raises whatever it stumbles over in a damaged file
-        raise ValueError(f"Class mapping {path} is no .npy file of whole numbers: {error}") from None
+    except Exception as error:  # on a damaged file, numpy may raise anything
+        raise ValueError(f"Class mapping {path} is not an .npy file of whole numbers: {error}") from None
     expected = (
         f"Class mapping {path} must be a list of different whole numbers, the training labels of classes 0, 1, ..."
     )
@@ -40,5 +40,5 @@ def read_class_mapping(path: Path) -> ClassMapping:
         raise ValueError(f"{expected}; it holds {labels[0]}")
     if counts.max() > 1:
         twice = labels[counts.argmax()]
-        raise ValueError(f"{expected}; it holds {twice} {counts.max()} times, and no classifier can tell those apart")
+        raise ValueError(f"{expected}; it holds {twice} {counts.max()} times, so these classes cannot be distinguished")
     return ClassMapping(path, mapping.astype(np.int64))

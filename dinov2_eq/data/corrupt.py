@@ -1,4 +1,4 @@
-"""What training does about images that cannot be read: takes the next one, tells, and stops when there are too many."""
+"""Handles unreadable images in training: replaces them with the next image, logs them, and stops at too many."""
 
 import logging
 from collections.abc import Collection
@@ -16,10 +16,10 @@ MIN_READS = 100
 
 
 def read_or_next(dataset: ImageDataset, index: int) -> tuple[Image.Image, tuple[str, ...]]:
-    """The image at `index`, or the next readable one after it, and what is wrong with the ones in between, by name.
+    """Reads the image at `index`, or the next readable one; also returns the names and errors of the skipped images.
 
     Raises:
-        DataError: `MAX_IN_A_ROW` images in a row, or all of them, cannot be read.
+        DataError: `MAX_IN_A_ROW` images in a row, or all images, cannot be read.
     """
     skipped: list[str] = []
     passed = 0
@@ -36,27 +36,27 @@ def read_or_next(dataset: ImageDataset, index: int) -> tuple[Image.Image, tuple[
 
 
 class CorruptCounter:
-    """Counts unreadable images over all processes; each process tells of its own in the log, once.
+    """Counts unreadable images over all processes; each process logs its own, once per image.
+
+    Attributes `num_read` and `num_corrupt` are totals over all processes up to the last `check`.
 
     Args:
         max_corrupt_share: largest tolerated share of unreadable images among those read, in [0, 1].
-
-    `num_read` and `num_corrupt` are those of all processes up to the last `check`.
     """
 
     def __init__(self, max_corrupt_share: float) -> None:
         self.max_corrupt_share = max_corrupt_share
         self.num_read = 0
         self.num_corrupt = 0
-        self._unchecked = torch.zeros(2, dtype=torch.int64)  # read, corrupt: of this process, since the last check
+        self._unchecked = torch.zeros(2, dtype=torch.int64)  # (read, corrupt) in this process since the last check
         self._told: set[str] = set()
 
     def add(self, skipped: Collection[str], num_read: int) -> None:
-        """Notes what this process met.
+        """Counts the images of one batch of this process.
 
         Args:
-            skipped: the images that could not be read, each with what is wrong, as in `Sample`.
-            num_read: how many could.
+            skipped: name and error of each image that could not be read, as in `Sample`.
+            num_read: number of images that could be read.
         """
         self._unchecked += torch.tensor([num_read, len(skipped)])
         for image in skipped:
@@ -65,10 +65,10 @@ class CorruptCounter:
                 logger.warning("Unreadable image skipped: %s", image)
 
     def check(self) -> None:
-        """Adds up what all processes noted; each of them must call it, and all raise together.
+        """Sums the counts over all processes; all must call it, and all raise together.
 
         Raises:
-            DataError: too many, after at least `MIN_READS` attempts.
+            DataError: too many images could not be read, after at least `MIN_READS` attempts.
         """
         num_read, num_corrupt = all_reduce_sum(self._unchecked).tolist()
         self._unchecked.zero_()

@@ -1,4 +1,4 @@
-"""Random resized crops from an explicit generator, and the canvas around a crop."""
+"""Random resized crops from an explicit generator, and mirrored borders around an image."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ NUM_TRIES = 10
 
 
 class Box(NamedTuple):
-    """A rectangle in pixels of the image."""
+    """A rectangle in pixels of the image; it may extend beyond the image."""
 
     left: float
     top: float
@@ -21,13 +21,13 @@ class Box(NamedTuple):
     height: float
 
     def enlarged(self, factor_width: float, factor_height: float) -> "Box":
-        """Returns a box enlarged around the same centre."""
+        """Scales the box by the given factors, keeping its centre."""
         width, height = self.width * factor_width, self.height * factor_height
         return Box(self.left - (width - self.width) / 2, self.top - (height - self.height) / 2, width, height)
 
 
 def draw_crop_box(size: tuple[int, int], scale: Sequence[float], generator: torch.Generator) -> Box:
-    """torchvision's RandomResizedCrop: the same numbers in the same order, but from `generator`.
+    """Draws a box as torchvision's RandomResizedCrop does: the same numbers in the same order, but from `generator`.
 
     Args:
         size: (width, height) of the image.
@@ -44,16 +44,16 @@ def draw_crop_box(size: tuple[int, int], scale: Sequence[float], generator: torc
             left = torch.randint(0, width - crop_width + 1, (1,), generator=generator).item()
             return Box(left, top, crop_width, crop_height)
 
-    # No box fits, because the image is too long or too small: the largest central one.
+    # No box fits, because the image is too narrow or too small: take the largest central one.
     crop_width = min(width, max(1, round(height * RATIO_MIN_MAX[1])))
     crop_height = min(height, max(1, round(width / RATIO_MIN_MAX[0])))
     return Box((width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height)
 
 
 def crop_resized(image: Image.Image, box: Box, size: tuple[int, int]) -> np.ndarray:
-    """The box, resized to `size` = (H, W) in one bicubic, antialiased resampling: [H, W, 3] uint8.
+    """Resizes the box to `size` = (H, W) with one bicubic, antialiased resampling; returns [H, W, 3] uint8.
 
-    Where the box leaves the image, the image is mirrored at its border.
+    Outside the image, the pixels are mirrored at its border.
     """
     edges = (box.left, box.top, box.left + box.width, box.top + box.height)
     if edges[0] < 0 or edges[1] < 0 or edges[2] > image.width or edges[3] > image.height:
@@ -63,8 +63,11 @@ def crop_resized(image: Image.Image, box: Box, size: tuple[int, int]) -> np.ndar
 
 
 def _mirrored(image: Image.Image, edges: tuple[float, float, float, float]) -> tuple[Image.Image, tuple[int, int]]:
-    """The part of the image that `edges` (left, top, right, bottom) touch, padded to hold all of them; where its
-    coordinates begin."""
+    """Crops the image to `edges` (left, top, right, bottom), and mirrors it where they lie outside.
+
+    Returns:
+        the padded part, and the shift (x, y) from coordinates of the image to coordinates of the part.
+    """
     left, top, right, bottom = (math.floor(edges[0]), math.floor(edges[1]), math.ceil(edges[2]), math.ceil(edges[3]))
     inside = image.crop((max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height)))
     padding = (

@@ -1,4 +1,4 @@
-"""Block masks for iBOT, as DINOv2 draws them (BEiT's block-wise masking, arXiv 2106.08254, algorithm 1)."""
+"""Block masks for iBOT, drawn as in DINOv2 (BEiT's block-wise masking, arXiv 2106.08254, algorithm 1)."""
 
 import math
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ NUM_ATTEMPTS = 10
 
 
 class BlockMasking:
-    """Masks for the global crops of one step.
+    """Draws masks for the global crops of one step.
 
     Of all crops of the step, over all processes, exactly floor(`sample_probability` * number) get a mask. Their ratios
-    are stratified: [min, max] of `ratio_min_max` is cut into as many equal buckets, and each mask draws its ratio from
-    a bucket of its own. Every crop (slot) has its own random numbers, fixed by (seed, step, slot): a process draws only
-    the masks of its own slots.
+    are stratified: the range `ratio_min_max` is cut into as many equal buckets as there are masks, and each mask draws
+    its ratio from its own bucket. Random numbers are fixed by (seed, step, slot), where a slot is the place of a crop
+    in the step, so a process only draws the masks of its own slots.
 
     Args:
         grid: (h, w) in patches.
-        ratio_min_max: share of the patches that a mask hides.
-        sample_probability: share of the crops that get a mask; 0: none does.
+        ratio_min_max: smallest and largest share of the patches that a mask hides.
+        sample_probability: share of the crops that get a mask.
     """
 
     def __init__(self, grid: tuple[int, int], ratio_min_max: tuple[float, float], sample_probability: float) -> None:
@@ -34,7 +34,7 @@ class BlockMasking:
         self.sample_probability = sample_probability
 
     def __call__(self, num_crops_total: int, slots: Sequence[int], seed: int, step: int) -> Tensor:
-        """Masks [len(slots), h * w] bool of the given slots, out of 0 .. num_crops_total - 1."""
+        """Draws masks [len(slots), h * w] bool for the given slots out of 0 .. num_crops_total - 1."""
         num_masked = int(num_crops_total * self.sample_probability)
         bucket_of_slot = numpy_generator(Stream.MASK_ASSIGNMENT, seed, step).permutation(num_crops_total)
         edges = np.linspace(*self.ratio_min_max, num_masked + 1)
@@ -57,7 +57,7 @@ def ever_masks(grid: tuple[int, int], ratio_min_max: Sequence[float], num_masks:
 def draw_blocks(mask: np.ndarray, target: int, generator: np.random.Generator) -> None:
     """Adds rectangles to `mask` [h, w] until `target` patches are masked.
 
-    Never exceeds the target; about one mask in ten falls short of it by a few patches, where no rectangle fits.
+    Never exceeds the target. About one mask in ten misses it by a few patches, because no rectangle fits any more.
     """
     height, width = mask.shape
     max_patches = (height // 2) * width

@@ -1,4 +1,4 @@
-"""The order of the images: one endless stream for all processes together."""
+"""The order of the training images: one endless stream for all processes together."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -16,14 +16,14 @@ WINDOW_IMAGES = 2**16
 
 
 class StreamSampler(Sampler[tuple[int, int]]):
-    """Yields (position, index) for one process, without end.
+    """Yields (position, index) for one process, endlessly.
 
-    The stream deals every image once in each pass, in an order drawn from (seed, pass). Positions count the samples of
-    all processes, so that neither the world size nor a resume changes what a position holds: in microbatch m, rank r
-    takes the `local_batch_size` = B positions from start_position + (m * world_size + r) * B on.
+    Every pass of the stream contains each image once, in an order drawn from (seed, pass). Positions count the samples
+    of all processes, so the image at a position depends neither on the world size nor on when a run was resumed. In
+    microbatch m, rank r takes B = `local_batch_size` positions, starting at start_position + (m * world_size + r) * B.
 
     Args:
-        chunk_ends: of `ImageDataset`; images that are read together are then dealt near each other, see `draw_order`.
+        chunk_ends: from `ImageDataset`; keeps images that are read together near each other, see `draw_order`.
 
     Raises:
         DataError: no images.
@@ -40,7 +40,7 @@ class StreamSampler(Sampler[tuple[int, int]]):
         chunk_ends: np.ndarray | None = None,
     ) -> None:
         if num_images < 1:
-            raise DataError("The training dataset is empty; give one that holds at least one image.")
+            raise DataError("The training dataset is empty; use one with at least one image.")
         self.num_images = num_images
         self.seed = seed
         self.local_batch_size = local_batch_size
@@ -62,12 +62,12 @@ class StreamSampler(Sampler[tuple[int, int]]):
 
 
 def draw_order(num_images: int, chunk_ends: np.ndarray | None, generator: torch.Generator) -> Tensor:
-    """A permutation [num_images] int64 of all images.
+    """Draws a permutation [num_images] int64 of all images.
 
-    With `chunk_ends`, the chunks are shuffled, and then the images within windows of consecutive chunks, at least
-    `WINDOW_CHUNKS` each and on average at least `WINDOW_IMAGES` images: enough to mix well, and little enough that a
-    node which has fetched a window's files still has them in memory for the next read. Data of less than two windows
-    are shuffled as a whole.
+    With `chunk_ends`, first the chunks are shuffled, then the images within windows of consecutive chunks. A window has
+    at least `WINDOW_CHUNKS` chunks and on average at least `WINDOW_IMAGES` images. That is enough to mix well, and few
+    enough that a node still has the files of a window in memory when it reads them again. With less data than two
+    windows, all images are shuffled together.
     """
     num_windows = 1 if chunk_ends is None else min(len(chunk_ends) // WINDOW_CHUNKS, num_images // WINDOW_IMAGES)
     if num_windows < 2:

@@ -1,4 +1,4 @@
-"""Data-loading processes: how loaders are made, what a process does before its first sample, and how it may fail."""
+"""Data loaders whose processes handle signals, shared memory and failures."""
 
 import errno
 import multiprocessing
@@ -22,17 +22,17 @@ from dinov2_eq.data.datasets import DataError
 from dinov2_eq.waiting import waiting_for
 
 PARENT_CHECK_S = 5.0
-PATIENCE_S = 15.0  # with a stop signal, for a batch after which it could be obeyed
+PATIENCE_S = 15.0  # how long a stop signal waits for the current batch
 SHARED_MEMORY = "/dev/shm"
-FEWER = "lower train.num_workers, or --num-workers of an evaluation (0: no such processes)"
+FEWER = "lower train.num_workers, or --num-workers of an evaluation (0: no data-loading processes)"
 
 
 class Loader(DataLoader):
-    """A `torch.utils.data.DataLoader` whose processes leave signals to the main process; its failures are sentences.
+    """A `torch.utils.data.DataLoader` whose processes leave signals to the main process, with readable errors.
 
     Args:
-        collate_fn: from samples to a batch: tensors in tuples, lists and dictionaries of any depth.
-        options: of `torch.utils.data.DataLoader`.
+        collate_fn: makes a batch of samples: tensors in tuples, lists and dictionaries of any depth.
+        options: arguments of `torch.utils.data.DataLoader`.
     """
 
     def __init__(self, dataset: Dataset, *, collate_fn: Callable[[Sequence], Any] = default_collate, **options) -> None:
@@ -40,15 +40,15 @@ class Loader(DataLoader):
             dataset,
             collate_fn=InSharedMemory(collate_fn),
             worker_init_fn=init_worker,
-            generator=torch.Generator(),  # or the loader would draw from torch's own, which models use
+            generator=torch.Generator(),  # or the loader would draw from torch's global one, which models use
             **options,
         )
 
     def __iter__(self) -> Iterator[Any]:
-        """Starts the processes, if there are any; the batches follow.
+        """Starts the processes, if there are any, and yields batches.
 
         Raises:
-            DataError: the system has no room for the processes or their batches, or one of them is gone.
+            DataError: the system lacks resources for the processes or their batches, or a process is gone.
         """
         try:
             batches = super().__iter__()
@@ -72,17 +72,17 @@ def _named_waits(batches: Iterator[Any], has_workers: bool) -> Iterator[Any]:
                 failure = _explained(error) if has_workers else None
                 if failure is None:
                     raise
-                traceback.clear_frames(error.__traceback__)  # they hold `batches`
+                traceback.clear_frames(error.__traceback__)  # they keep `batches` alive
                 continue
         yield batch
-    del batches  # ends the other processes: torch raises an error, wherever this process is, for each that fails
+    del batches  # ends the other processes; otherwise torch could raise another error here when one of them fails
     raise failure
 
 
 class InSharedMemory:
-    """Moves a batch to shared memory in the process that made it, where a lack of room is an error of this batch.
+    """A collate function that moves the batch to shared memory at once, so that a lack of space raises an error.
 
-    torch would do it in a thread of its own, whose errors reach nobody: the main process would wait for ever.
+    torch would do this in a background thread, whose errors are lost, and the main process would wait forever.
     """
 
     def __init__(self, collate: Callable[[Sequence], Any]) -> None:
@@ -106,14 +106,14 @@ def _share(batch: Any) -> None:
 
 
 def init_worker(worker_id: int) -> None:
-    """One thread for each worker, of which there are as many as there is work for; signals are the main process's.
+    """Sets up a data-loading process: one thread, and signals are left to the main process.
 
-    A scheduler sends its signals to all processes of a job. The main process decides what to do about them, and needs
-    its workers until it has done so.
+    A scheduler sends its signals to all processes of a job. The main process decides how to react, and needs its
+    workers until then.
     """
     torch.set_num_threads(1)
     Queue._on_queue_feeder_error = _end_without_room
-    signal.set_wakeup_fd(-1)  # or the main process would hear of signals to this one
+    signal.set_wakeup_fd(-1)  # or the main process would be notified of signals to this one
     if sys.platform == "linux":
         for signum in (signal.SIGUSR2, signal.SIGHUP):
             signal.signal(signum, signal.SIG_IGN)
@@ -122,15 +122,16 @@ def init_worker(worker_id: int) -> None:
 
 
 def _end_without_room(queue: Queue, error: Exception, batch: Any) -> None:
-    """Python calls this, and drops the batch, when it cannot be sent. A process that ends is noticed; that is not."""
-    print(f"A batch cannot be handed over: {error}", file=sys.stderr, flush=True)
-    os._exit(error.errno or 1 if isinstance(error, OSError) else 1)  # torch tells the main process
+    """Ends the process when a batch cannot be sent; Python would only drop the batch, which nobody notices."""
+    print(f"A batch cannot be sent to the main process: {error}", file=sys.stderr, flush=True)
+    os._exit(error.errno or 1 if isinstance(error, OSError) else 1)  # torch notices and tells the main process
 
 
 def _end_with_the_parent() -> None:
-    """A SIGTERM of the main process must end the worker: by it, Python closes the workers that are left at its end.
+    """Ends the worker on a SIGTERM from the main process, or when the main process dies.
 
-    So must the death of the main process, which torch notices in workers that were forked from it, and in no others.
+    Python sends this SIGTERM to end remaining workers when it exits. torch itself only notices the death of the main
+    process in forked workers.
     """
     parent = multiprocessing.parent_process()
     while parent is not None and parent.is_alive():
@@ -142,12 +143,12 @@ def _end_with_the_parent() -> None:
 
 @contextmanager
 def lost_workers_explained() -> Iterator[None]:
-    """Says what to do when a data-loading process is killed while the main process does something else.
+    """Replaces torch's error about a killed data-loading process by one that says what to do.
 
-    torch raises a RuntimeError then, at whatever line the main process has reached.
+    torch raises a RuntimeError at whatever line the main process has reached.
 
     Raises:
-        DataError: instead of that.
+        DataError: in place of that error.
     """
     try:
         yield
@@ -158,17 +159,17 @@ def lost_workers_explained() -> Iterator[None]:
 
 
 def _explained(error: Exception) -> DataError | None:
-    """The error for the user, of one that a loader raised; None for a bug."""
+    """Turns an error of a loader into one for the user; None if it is a bug."""
     text = str(error)
     if advice := _advice(text):
         return DataError(advice)
-    # The main process may find that a batch cannot be fetched from a process that is gone.
+    # The other two: the main process failed to fetch a batch from a process that is gone.
     if not (_is_of_a_lost_worker(error) or isinstance(error, ConnectionError | EOFError)):
         return None
     return DataError(
-        f"A data-loading process is gone ({text.strip(' .') or 'end of file'}). If it has said nothing, the machine "
-        f"or the job most likely ran out of memory: ask for more, or {FEWER}; the same command goes on from the newest "
-        "checkpoint"
+        f"A data-loading process is gone ({text.strip(' .') or 'end of file'}). If it printed no error, the machine or "
+        f"the job most likely ran out of memory: request more, or {FEWER}. Rerun the same command to resume from the "
+        "newest checkpoint"
     )
 
 
@@ -177,16 +178,16 @@ def _is_of_a_lost_worker(error: Exception) -> bool:
 
 
 def _advice(text: str) -> str:
-    """What to do about errors of torch, Python and the kernel whose cause is known; "" for others."""
+    """Advice for errors of torch, Python and the kernel with a known cause; "" for others."""
     if re.search(rf"[Tt]oo many open files|items of ancdata|exit code {errno.EMFILE}\b", text):
         return (
-            "The limit of open files is too low: each tensor of a batch is one on its way from a data-loading process. "
-            f"Raise it, 'ulimit -n 65536', or {FEWER}"
+            "The limit of open files is too low: each tensor that a data-loading process sends is an open file. Raise "
+            f"the limit with 'ulimit -n 65536', or {FEWER}"
         )
     if re.search(r"shared memory|Bus error", text):
-        room = f"{shutil.disk_usage(SHARED_MEMORY).free / 2**20:.0f} MiB" if os.path.isdir(SHARED_MEMORY) else "nothing"
+        free = f"{shutil.disk_usage(SHARED_MEMORY).free / 2**20:.0f} MiB" if os.path.isdir(SHARED_MEMORY) else "nothing"
         return (
-            f"{SHARED_MEMORY}, through which data-loading processes hand over their batches, is too small, {room} is "
-            f"free. Mount it larger (a container: --shm-size=16g or --ipc=host), or {FEWER}"
+            f"{SHARED_MEMORY}, through which data-loading processes send their batches, is too small: {free} is free. "
+            f"Mount it larger (a container: --shm-size=16g or --ipc=host), or {FEWER}"
         )
     return ""

@@ -1,4 +1,4 @@
-"""Device, rank, world size and the few collectives that the code needs; each is a no-op on one process."""
+"""Device, rank, world size and the few collectives that the code needs; on a single process each is a no-op."""
 
 import os
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinov2_eq.waiting import waiting_for
 
-PATIENCE_S = 5.0  # with a stop signal, while the main process looks at something for all
+PATIENCE_S = 5.0  # how long a stop signal waits while the main process reads something for all
 
 Result = TypeVar("Result")
 
@@ -38,13 +38,13 @@ def is_main_process() -> bool:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called "cpu" or "cuda", or with "auto" the GPU where there is one.
+    """Chooses the device: "cpu", "cuda", or "auto" for a GPU if there is one.
 
     Args:
-        local_rank: which GPU of the node. A launcher may show each process a GPU of its own, which then is number 0.
+        local_rank: index of the GPU on the node. If the launcher shows each process only its own GPU, that is number 0.
 
     Raises:
-        ValueError: a GPU is asked for and torch sees none, or fewer than the node has processes.
+        ValueError: "cuda" without a GPU, or fewer GPUs than processes on the node.
     """
     num_gpus = torch.cuda.device_count()
     if name == "auto":
@@ -55,14 +55,14 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         raise ValueError("device cuda: torch sees no GPU here; use auto or cpu")
     if local_rank >= num_gpus > 1:
         raise ValueError(
-            f"process {local_rank} of this node has no GPU, torch sees {num_gpus}; launch one process for each GPU"
+            f"process {local_rank} of this node has no GPU, torch sees {num_gpus}; launch one process per GPU"
         )
     return torch.device("cuda", local_rank % num_gpus) if local_rank else torch.device(name)
 
 
 @torch.no_grad()
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over all processes, in place; returns its argument."""
+    """Sums a tensor over all processes, in place, and returns it."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
@@ -70,7 +70,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather_rows(rows: Tensor) -> Tensor:
-    """[n, ...] of every process, the same n on each -> [W * n, ...], ordered by rank."""
+    """Concatenates the rows of W processes: [n, ...] on each, with the same n, -> [W * n, ...], ordered by rank."""
     if not is_distributed():
         return rows
     gathered = [torch.empty_like(rows) for _ in range(get_world_size())]
@@ -115,7 +115,7 @@ def sum_with_gradient(tensor: Tensor) -> Tensor:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The (picklable) values of all processes, ordered by rank."""
+    """Collects one picklable value from each process, ordered by rank."""
     gathered: list[Any] = [value] * get_world_size()
     if is_distributed():
         dist.all_gather_object(gathered, value)
@@ -123,13 +123,12 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def from_main_process(function: Callable[[], Result], what: str = "") -> Result:
-    """What `function` returns on the main process, or the exception that it raises there; the others do not call it.
+    """Calls `function` on the main process only, and returns its result (or raises its exception) on all processes.
 
-    For what reads or changes files: one process looks, and all go on from the same answer.
+    Use it to read or change files, so that all processes continue with the same answer.
 
     Args:
-        what: what the others wait for, where that may take long and nothing is lost when a signal ends it; see
-            `waiting_for`.
+        what: names a long wait that a signal may end without loss, see `waiting_for`; "": not such a wait.
     """
     with waiting_for(what, patience_s=PATIENCE_S) if what else nullcontext():
         if not is_distributed():

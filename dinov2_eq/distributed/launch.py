@@ -1,7 +1,6 @@
-"""How this process was started, and the process group that follows from it.
+"""Detects how this process was started, and joins its process group.
 
-torchrun, srun and a plain `python` reach the same code; detected in this order, so that torchrun inside a SLURM job is
-torchrun.
+torchrun, srun and plain `python` are detected in this order, so that torchrun inside a SLURM job counts as torchrun.
 """
 
 import os
@@ -22,6 +21,8 @@ FIRST_PORT, NUM_PORTS = 20000, 20000
 
 
 class Launch(NamedTuple):
+    """How this process was started, and its place among the others."""
+
     how: str  # torchrun, slurm or single
     rank: int = 0
     world_size: int = 1
@@ -29,11 +30,11 @@ class Launch(NamedTuple):
     local_world_size: int = 1
     master_addr: str = ""
     master_port: int = 0
-    has_store: bool = False  # the launcher itself hosts the store in which the processes meet
-    attempt: str = "0"  # how often the launcher has started these processes again
+    has_store: bool = False  # the launcher itself hosts the store through which the processes connect
+    attempt: str = "0"  # how often the launcher has restarted these processes
 
 
-# For whoever finds the variables of a launcher in a shell, and has started a single process.
+# For a user who starts a single process in a shell that has a launcher's variables.
 ADVICE = {
     "torchrun": "Start this command on every node. For a single process, unset RANK and WORLD_SIZE",
     "slurm": "srun must start this command once for each of its tasks. For a single process, unset "
@@ -42,17 +43,17 @@ ADVICE = {
 
 
 def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
-    """Reads the launcher's variables.
+    """Reads the launcher's environment variables.
 
     Raises:
-        ValueError: torchrun's variables are there in part or are no numbers, or SLURM's node list cannot be read.
+        ValueError: some of torchrun's variables are missing or are not numbers, or SLURM's node list cannot be read.
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
         missing = [name for name in TORCHRUN_VARIABLES if name not in environ]
         if missing:
             raise ValueError(
-                f"{' and '.join(missing)} missing beside the other variables of torchrun; start with torchrun "
-                "or srun, or unset them all for a single process"
+                f"{' and '.join(missing)} missing, while other variables of torchrun are set; start with torchrun or "
+                "srun, or unset them all for a single process"
             )
         world_size = _number(environ, "WORLD_SIZE", smallest=1)
         return Launch(
@@ -63,11 +64,11 @@ def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
             _number(environ, "LOCAL_WORLD_SIZE", smallest=1) if "LOCAL_WORLD_SIZE" in environ else world_size,
             environ["MASTER_ADDR"],
             _number(environ, "MASTER_PORT", smallest=1, below=2**16),
-            # torchrun keeps its store when it starts the processes again, with addresses of processes that are gone.
+            # When torchrun restarts the processes, its store still holds addresses of processes that are gone.
             has_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             attempt=environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
         )
-    # Only srun sets the step's number of tasks; a plain python in a batch script is a single process.
+    # Only srun sets the number of tasks of the step; plain python in a batch script is a single process.
     if "SLURM_STEP_NUM_TASKS" in environ and _number(environ, "SLURM_STEP_NUM_TASKS", smallest=1) > 1:
         node = int(environ["SLURM_NODEID"])
         seed = int(environ["SLURM_JOB_ID"]) + 7 * int(environ["SLURM_STEP_ID"])  # steps of a job may share a node
@@ -87,14 +88,14 @@ def find_launch(environ: Mapping[str, str] = os.environ) -> Launch:
 
 def _number(environ: Mapping[str, str], name: str, smallest: int = 0, below: int | None = None) -> int:
     text = environ[name]
-    allowed = f"a whole number from {smallest} up" + ("" if below is None else f", below {below}")
+    allowed = f"a whole number of at least {smallest}" + ("" if below is None else f" and below {below}")
     if not text.isdecimal() or int(text) < smallest or (below is not None and int(text) >= below):
         raise ValueError(f"{name}={text!r} in the environment must be {allowed}; unset it, or start with a launcher")
     return int(text)
 
 
 def _tasks_of_nodes(description: str) -> list[int]:
-    """ "2(x3),1" -> [2, 2, 2, 1]"""
+    """Parses SLURM's tasks per node: "2(x3),1" -> [2, 2, 2, 1]."""
     tasks: list[int] = []
     for part in description.split(","):
         number, _, times = part.rstrip(")").partition("(x")
@@ -103,7 +104,7 @@ def _tasks_of_nodes(description: str) -> list[int]:
 
 
 def _first_host(node_list: str) -> str:
-    """The first of "node[001-003],other": SLURM's own program knows every form of such lists."""
+    """The first host of a list such as "node[001-003],other", expanded by SLURM's own program."""
     try:
         hosts = subprocess.run(
             ["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True, timeout=60
@@ -111,20 +112,20 @@ def _first_host(node_list: str) -> str:
         return hosts[0]
     except (OSError, subprocess.SubprocessError, IndexError) as error:
         raise ValueError(
-            f"scontrol cannot tell the hosts of SLURM_STEP_NODELIST={node_list!r} ({error}); set MASTER_ADDR, "
+            f"scontrol cannot list the hosts of SLURM_STEP_NODELIST={node_list!r} ({error}); set MASTER_ADDR, "
             "MASTER_PORT, RANK, WORLD_SIZE and LOCAL_RANK for each process, as torchrun does"
         ) from None
 
 
 @contextmanager
 def process_group(launch: Launch, device: torch.device, silence_limit_s: float) -> Iterator[None]:
-    """Joins this process to the others for as long as the context lasts; nothing happens in a single process.
+    """Joins the process group for the duration of the context; does nothing in a single process.
 
-    Collectives on CPU tensors go through gloo, those on GPU tensors through nccl. While it lasts, a heartbeat tells a
-    process that died, or stopped for `silence_limit_s` seconds, from one that computes: see `Heartbeat`.
+    Collectives on CPU tensors use gloo, those on GPU tensors nccl. Meanwhile a heartbeat detects processes that died
+    or were silent for `silence_limit_s` seconds, see `Heartbeat`.
 
     Raises:
-        ValueError, OSError: the processes do not find each other; see `open_store` and `await_all`.
+        ValueError, OSError: the processes cannot connect; see `open_store` and `await_all`.
     """
     if launch.how == "single":
         yield
@@ -152,7 +153,7 @@ def process_group(launch: Launch, device: torch.device, silence_limit_s: float) 
         store_host="torchrun on the main host" if launch.has_store else None,
     )
     await_all(store, place)
-    # Longer than the heartbeat's patience: the heartbeat names the process, a collective that times out does not.
+    # Longer than the heartbeat's limit, because the heartbeat names the lost process and a timeout does not.
     timeout = timedelta(seconds=max(600.0, 4 * silence_limit_s))
     store.set_timeout(timeout)
     with heartbeat:

@@ -1,4 +1,4 @@
-"""How the processes of a run find each other: a store that all share, and then the certainty that all are there."""
+"""Connects the processes of a run: opens the store that all share, then waits until all are there."""
 
 import logging
 import math
@@ -14,26 +14,26 @@ import torch.distributed as dist
 from dinov2_eq.exits import ProcessLost
 from dinov2_eq.waiting import waiting_for
 
-MEETING_S = 600.0  # nodes become ready, and containers are unpacked, at different times
-ANSWER_S = 30.0  # for a store to answer that a process has just connected to
+MEETING_S = 600.0  # long, because nodes boot and containers are unpacked at different speeds
+ANSWER_S = 30.0  # for the first response of a store
 PERIOD_S = 0.2
-TELL_AFTER_S = 2.0  # on the main process; the others leave it to that one for a while
-OTHERS_TELL_AFTER_S = 30.0
-PATIENCE_S = 1.0  # with a stop signal: nothing has begun
+TELL_AFTER_S = 2.0  # until the main process logs that it waits
+OTHERS_TELL_AFTER_S = 30.0  # until the other processes log it too
+PATIENCE_S = 1.0  # how long a stop signal waits; short, because nothing has started yet
 NUM_SHOWN = 5
 
 logger = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
-    """Who this process is, and where the processes meet."""
+    """The rank of this process, and the address of the store that all processes share."""
 
     rank: int
     world_size: int
     host: str
     port: int
     is_hosted: bool  # a launcher hosts the store; otherwise the main process does
-    advice: str  # for whoever started fewer processes than the launcher's variables promise
+    advice: str  # for a user who started fewer processes than the launcher's variables announce
 
     @property
     def store(self) -> str:
@@ -41,31 +41,31 @@ class Place(NamedTuple):
 
 
 def open_store(place: Place) -> dist.Store:
-    """The store in which the processes find each other; waits for the host of it.
+    """Opens the store that all processes share; waits for its host.
 
     Raises:
-        ValueError: the port is taken, or the main process is not on the host that is named.
-        TimeoutError: nobody hosts a store there.
+        ValueError: the port is in use, or MASTER_ADDR is not the host of the main process.
+        TimeoutError: there is no store at this address.
     """
     if place.rank == 0 and not place.is_hosted:
         return _host_store(place)
     deadline, reason = time.monotonic() + MEETING_S, ""
-    what = f"an answer of {place.store}"
+    what = f"a response from {place.store}"
     with waiting_for(what, advice=place.advice, tell_after_s=TELL_AFTER_S, patience_s=PATIENCE_S):
         while time.monotonic() < deadline:
             try:
-                # torch would go on trying by itself, without letting Python look at signals.
+                # torch would retry by itself, but without letting Python handle signals.
                 socket.create_connection((place.host, place.port), timeout=TELL_AFTER_S).close()
                 return _connect(place, is_master=False)
             except (OSError, dist.DistError) as error:
                 reason = str(error).splitlines()[0]
                 time.sleep(PERIOD_S)
-    raise TimeoutError(f"Waited {MEETING_S:.0f} s in vain for {what} ({reason}). {place.advice}")
+    raise TimeoutError(f"Gave up after waiting {MEETING_S:.0f} s for {what} ({reason}). {place.advice}")
 
 
 def _host_store(place: Place) -> dist.Store:
     try:
-        with waiting_for(f"an answer of this process itself, {place.store}", patience_s=PATIENCE_S):
+        with waiting_for(f"a response from this process itself, {place.store}", patience_s=PATIENCE_S):
             return _connect(place, is_master=True)
     except (OSError, dist.DistError) as error:
         text = str(error)
@@ -76,38 +76,38 @@ def _host_store(place: Place) -> dist.Store:
             ) from None
         raise ValueError(
             f"On {socket.gethostname()}, this process cannot reach itself as {place.store}: {text.splitlines()[0]}. "
-            "MASTER_ADDR must name the host of process 0, and MASTER_PORT a port that it may open"
+            "Set MASTER_ADDR to the host of process 0, and MASTER_PORT to a port that it may open"
         ) from None
 
 
 def _connect(place: Place, is_master: bool) -> dist.Store:
-    """In a thread, because torch waits without a limit for the first answer of what may be no store at all."""
-    found: list[dist.Store | Exception] = []
+    """Connects to the store in a thread, because torch waits forever if something else listens at the address."""
+    outcome: list[dist.Store | Exception] = []
 
     def connect() -> None:
         try:
             timeout = timedelta(seconds=ANSWER_S)
-            found.append(
+            outcome.append(
                 dist.TCPStore(place.host, place.port, place.world_size, is_master, timeout, wait_for_workers=False)
             )
         except Exception as error:
-            found.append(error)
+            outcome.append(error)
 
     thread = threading.Thread(target=connect, name="store", daemon=True)
     thread.start()
     thread.join(2 * ANSWER_S)
-    if not found:
-        raise TimeoutError("what answers there is no store of torch")
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+    if not outcome:
+        raise TimeoutError("something other than a torch store listens there")
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
 
 
 def await_all(store: dist.Store, place: Place) -> None:
-    """Returns when all processes have called it, and says meanwhile who is missing.
+    """Waits until all processes have called it, and logs meanwhile which are missing.
 
     Raises:
-        TimeoutError: some did not come.
+        TimeoutError: some processes did not call it in time.
         ProcessLost: the host of the store left.
     """
     began = time.monotonic()
@@ -121,15 +121,15 @@ def await_all(store: dist.Store, place: Place) -> None:
                 num_here, waited_s = store.add("came", 0), time.monotonic() - began
                 if waited_s > MEETING_S:
                     missing = _missing(store, place, num_here)
-                    raise TimeoutError(f"Waited {MEETING_S:.0f} s in vain for {missing}. {place.advice}")
+                    raise TimeoutError(f"Gave up after waiting {MEETING_S:.0f} s for {missing}. {place.advice}")
                 if waited_s > tell_after_s:
                     missing = _missing(store, place, num_here)
                     logger.warning("waiting for %s (%.0f s). %s", missing, waited_s, place.advice)
                     tell_after_s = 2 * waited_s
     except dist.DistError as error:
         raise ProcessLost(
-            f"The store of {place.store} closed before all processes had come ({str(error).splitlines()[0]}); the log "
-            "of process 0 says why"
+            f"The store of {place.store} closed before all processes had connected ({str(error).splitlines()[0]}); the "
+            "log of process 0 says why"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""A signal to one process stops all of them at the same step."""
+"""Stop signals: a signal to one process stops all of them after the same step."""
 
 import signal
 from collections.abc import Iterator
@@ -15,22 +15,22 @@ from dinov2_eq.waiting import STOP_SIGNALS, SignalWatch, obey, stop_signals_afte
 
 
 class StoppedBySignal(Stopped):
-    """The run saved its state and stopped because it was asked to; the same command goes on from there."""
+    """The run saved its state and stopped because of a signal; the same command resumes it."""
 
     def __init__(self, signum: int, step: int) -> None:
         self.signum = signal.Signals(signum)
-        super().__init__(f"stopped by {self.signum.name} after step {step}, saved; the same command goes on from there")
+        super().__init__(f"stopped by {self.signum.name} after step {step}, saved; rerun the same command to resume")
 
 
 class StopRequest:
-    """A context manager in which `STOP_SIGNALS` only make a note, which `agreed` reads. What is ignored stays so."""
+    """A context manager that records `STOP_SIGNALS` for `agreed` to read; ignored signals stay ignored."""
 
     def __init__(self) -> None:
         self._signum = 0
 
     def __enter__(self) -> "StopRequest":
         self._previous = _handle(self._note, STOP_SIGNALS)
-        self._patience = stop_signals_after(None)  # the next step ends by itself
+        self._patience = stop_signals_after(None)  # no limit: the run stops after the current step
         self._patience.__enter__()
         return self
 
@@ -42,7 +42,7 @@ class StopRequest:
         self._signum = signum
 
     def agreed(self, device: torch.device) -> int:
-        """The signal that any process received, 0 for none; all processes must ask, and all get the same answer."""
+        """The signal that any process received, or 0; all processes must call it, and all get the same answer."""
         signum = self._signum
         if is_distributed():
             received = torch.tensor(signum, device=device)
@@ -56,10 +56,10 @@ class StopRequest:
 
 @contextmanager
 def stops_raise(advice: str) -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `Stopped`; a `SignalWatch` ends the process where Python cannot do that.
+    """Makes SIGTERM and SIGHUP raise `Stopped`; where Python cannot do that, a `SignalWatch` ends the process.
 
     Args:
-        advice: what to do then; it follows the name of the signal.
+        advice: what the user can do then; follows the name of the signal in the message.
     """
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -75,7 +75,7 @@ def stops_raise(advice: str) -> Iterator[None]:
 
 
 def _handle(handler: Any, signals: tuple[int, ...]) -> dict[int, Any]:
-    """Installs a handler for those signals that are not ignored; returns the handlers from before."""
+    """Installs a handler for the signals that are not ignored; returns the previous handlers."""
     before = {signum: signal.getsignal(signum) for signum in signals}
     kept = {signum: previous for signum, previous in before.items() if previous is not signal.SIG_IGN}
     for signum in kept:

@@ -251,7 +251,7 @@ def read_images(
 
 def count_hits(grid: HeadGrid, images: LabelledImages, features: Tensor) -> ClassHits:
     """Counts hits over all processes; `features` are those of this one's share of the images."""
-    return grid.count_hits(features, images.labels[own_share(len(images.labels))], images.classes).summed()
+    return grid.score(features, images.labels[own_share(len(images.labels))], images.classes).summed()
 
 
 def feature_batches(

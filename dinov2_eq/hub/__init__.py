@@ -1,4 +1,4 @@
-"""Backbones for torch.hub. Nothing below imports more than torch, so that a bare checkout is enough."""
+"""Backbones for torch.hub; importing and loading them only needs torch and a checkout."""
 
 from dinov2_eq.hub.backbones import ENTRY_POINTS, BackboneWithProjection, Features, entry_point_of
 

@@ -1,4 +1,4 @@
-"""The entry points of `hubconf.py`, one for each architecture, patch size, and with or without registers."""
+"""The entry points of `hubconf.py`, one for each architecture and patch size, with and without registers."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -23,34 +23,36 @@ PROJECTION = "projection."
 DOCSTRING = """{arch}, patches of {patch_size} pixels{registers}: {depth} blocks, tokens of {embed_dim} channels.
 
 Keyword arguments:
-    pretrained: load released weights; False: random ones.
-    weights: None: those released as the default of this entry point; the name of a release (`weights/manifest.json`);
-        the path or URL of a .safetensors or torch file, ours or in the naming of DINOv2, DINO, iBOT, timm or Hugging
-        Face. A URL may end in #sha256=DIGEST, which is then checked. Files may have another depth than the above.
-    projection: return a `BackboneWithProjection`, which gives the invariant and equivariant features too.
+    pretrained: load released weights; False: random weights.
+    weights: the name of a release (`weights/manifest.json`), or the path or URL of a .safetensors or torch file, with
+        the names of this project, DINOv2, DINO, iBOT, timm or Hugging Face. A URL may end in #sha256=DIGEST, which is
+        then checked. Files may have another depth than the above. None: the default release of this entry point.
+    projection: return a `BackboneWithProjection`, which also computes the invariant and equivariant features.
     others: arguments of `dinov2_eq.models.build_backbone`, for example img_size or drop_path_rate.
 
 Returns:
-    a `DinoVisionTransformer`, with DINOv2's calls, in eval mode. Its attribute `preprocessing` says how images were
-    prepared in training (image_size in pixels, mean and std of pixels in [0, 1]); None where nothing says so.
+    a `DinoVisionTransformer`, with DINOv2's interface, in eval mode. Its attribute `preprocessing` describes the images
+    of the training (image_size in pixels, mean and std of pixels in [0, 1]); None if this is unknown.
 
 Raises:
-    FileNotFoundError: no such file.
-    ValueError: no such release, or weights that are damaged or of another architecture.
+    FileNotFoundError: the file does not exist.
+    ValueError: unknown release, or weights that are damaged or of another architecture.
 """
 
 logger = logging.getLogger(__name__)
 
 
 class Features(NamedTuple):
+    """Output of a `BackboneWithProjection`."""
+
     cls: Tensor  # [B, D] class token after the final norm
     patches: Tensor  # [B, N, D] patch tokens after the final norm
-    invariant: Tensor  # [B, 1 + N, D_inv] of the class token and the patches: what DINO and iBOT trained
-    equivariant: Tensor  # [B, 1 + N, D_equi] likewise; the decoders trained those of the patches
+    invariant: Tensor  # [B, 1 + N, D_inv] of class token and patches, trained with DINO and iBOT
+    equivariant: Tensor  # [B, 1 + N, D_equi] of class token and patches; the decoders trained those of the patches
 
 
 class BackboneWithProjection(nn.Module):
-    """A backbone and the projection that splits its tokens (arXiv 2503.18753, section 3)."""
+    """A backbone with the projection that splits its tokens (arXiv 2503.18753, section 3)."""
 
     def __init__(self, backbone: DinoVisionTransformer, projection: TokenSplit) -> None:
         super().__init__()
@@ -60,9 +62,9 @@ class BackboneWithProjection(nn.Module):
         self.patch_size = backbone.patch_size
 
     def forward(self, images: Tensor) -> Features:
-        """images [B, 3, H, W], normalised; sides are multiples of the patch size"""
-        found = self.backbone.forward_features(images)
-        cls, patches = found["x_norm_clstoken"], found["x_norm_patchtokens"]
+        """Computes features of normalised images [B, 3, H, W], whose sides are multiples of the patch size."""
+        features = self.backbone.forward_features(images)
+        cls, patches = features["x_norm_clstoken"], features["x_norm_patchtokens"]
         tokens = torch.cat([cls.unsqueeze(1), patches], dim=1)  # [B, 1 + N, D]
         return Features(cls, patches, self.projection.invariant(tokens), self.projection.equivariant(tokens))
 
@@ -71,7 +73,7 @@ def entry_point_of(arch: str, patch_size: int, num_register_tokens: int) -> str:
     """Name of the entry point for an architecture.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no entry point for it.
     """
     letter = next((letter for letter, name in LETTERS.items() if name == arch), None)
     if letter is None or patch_size not in PATCH_SIZES:
@@ -87,7 +89,7 @@ def _make_entry_point(arch: str, patch_size: int, with_registers: bool) -> Calla
         *, pretrained: bool = True, weights: str | Path | None = None, projection: bool = False, **others: Any
     ) -> nn.Module:
         if not pretrained and (weights is not None or projection):
-            raise ValueError("pretrained=False gives random weights: leave weights and projection out, or pretrained")
+            raise ValueError("pretrained=False gives random weights: omit weights and projection, or pretrained=False")
         if pretrained:
             return _load(name, weights, projection, others)
         registers = {"num_register_tokens": NUM_REGISTERS, "interpolate_antialias": True, "interpolate_offset": 0.0}
@@ -107,9 +109,9 @@ def _load(name: str, weights: str | Path | None, with_projection: bool, others: 
     config = checkpoint.config
     state = to_dinov2(checkpoint.content)
     architecture, preprocessing = _inferred(state) if config is None else _of_config(config)
-    theirs = entry_point_of(*(architecture[key] for key in ("arch", "patch_size", "num_register_tokens")))
-    if theirs != name:
-        raise ValueError(f"The weights of {path} are for {theirs}, not for {name}; call that")
+    right_name = entry_point_of(*(architecture[key] for key in ("arch", "patch_size", "num_register_tokens")))
+    if right_name != name:
+        raise ValueError(f"The weights of {path} are for {right_name}, not for {name}; call {right_name}")
     backbone = build_backbone(**{**architecture, **others})
     if config is None or others:
         state, notes = adapt(state, backbone)
@@ -120,7 +122,7 @@ def _load(name: str, weights: str | Path | None, with_projection: bool, others: 
 
 
 def _read(name: str, weights: str | Path | None) -> tuple[Path, Checkpoint]:
-    """The file that `weights` means, and what it holds."""
+    """Finds and reads the file that `weights` refers to."""
     folder = weights_folder()
     releases = read_manifest(folder)
     if weights is None:
@@ -129,8 +131,8 @@ def _read(name: str, weights: str | Path | None) -> tuple[Path, Checkpoint]:
         )
         if weights is None:
             raise ValueError(
-                f"No weights are released for {name}; {_listed(releases)}. pretrained=False gives random weights, "
-                "weights=PATH or URL your own"
+                f"No weights are released for {name}; {_listed(releases)}. Use pretrained=False for random weights, or "
+                "weights=PATH or URL for your own"
             )
     text = str(weights)
     if text in releases:
@@ -141,31 +143,31 @@ def _read(name: str, weights: str | Path | None) -> tuple[Path, Checkpoint]:
     elif Path(text).is_file():
         path, sha256 = Path(text), None
     else:
-        raise FileNotFoundError(f"weights={text!r} is no release, no file and no URL; {_listed(releases)}")
+        raise FileNotFoundError(f"weights={text!r} is neither a release, a file nor a URL; {_listed(releases)}")
     return path, read_checkpoint(path, sha256)
 
 
 def _listed(releases: Mapping[str, Release]) -> str:
-    """What there is, for a message."""
+    """Lists the releases for a message."""
     listed = ", ".join(f"{name} ({release.entry_point})" for name, release in releases.items())
-    return f"released are: {listed or 'none yet'}"
+    return f"released weights: {listed or 'none yet'}"
 
 
 def _of_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of `build_backbone`, and the preprocessing, from a training config."""
+    """Arguments of `build_backbone` and the preprocessing, from a training config."""
     crops = config["crops"]
     architecture = {**backbone_arguments(config["student"]), "img_size": crops["global_crops_size"]}
     return architecture, {"image_size": crops["global_crops_size"], "mean": crops["mean"], "std": crops["std"]}
 
 
 def _inferred(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], None]:
-    """The same from weights alone, which say nothing of preprocessing."""
-    found = infer_architecture(state)
-    arch = next((name for name, known in ARCHS.items() if known.embed_dim == found["embed_dim"]), None)
+    """Arguments of `build_backbone` inferred from weights alone, which do not contain the preprocessing."""
+    inferred = infer_architecture(state)
+    arch = next((name for name, known in ARCHS.items() if known.embed_dim == inferred["embed_dim"]), None)
     if arch is None:
-        raise ValueError(f"Tokens of {found['embed_dim']} channels are of no architecture here: {', '.join(ARCHS)}")
-    settings = backbone_arguments({**found, "arch": arch, "layerscale": found["init_values"] or 0.0})
-    return settings | {"img_size": found["img_size"]}, None
+        raise ValueError(f"Tokens of {inferred['embed_dim']} channels are of no architecture here: {', '.join(ARCHS)}")
+    settings = backbone_arguments({**inferred, "arch": arch, "layerscale": inferred["init_values"] or 0.0})
+    return settings | {"img_size": inferred["img_size"]}, None
 
 
 def _with_projection(backbone: DinoVisionTransformer, checkpoint: Checkpoint, path: Path) -> BackboneWithProjection:
@@ -173,8 +175,8 @@ def _with_projection(backbone: DinoVisionTransformer, checkpoint: Checkpoint, pa
     state = {name.removeprefix(PROJECTION): tensor for name, tensor in content.items() if name.startswith(PROJECTION)}
     if not state:
         raise ValueError(
-            f"{path} comes without a projection, its tokens were never split into invariant and equivariant parts; "
-            f"leave projection=True out. {_listed(_with_a_projection())}"
+            f"{path} has no projection: its tokens were never split into invariant and equivariant parts. Omit "
+            f"projection=True, or use weights that have one; {_listed(_with_a_projection())}"
         )
     sizes = {name: len(state[f"{name}.bias"]) for name in ("invariant", "equivariant")}
     projection = TokenSplit(backbone.embed_dim, sizes["invariant"], sizes["equivariant"])

@@ -1,4 +1,4 @@
-"""The README.md beside an export: what it is, how to load it, how it was checked, what was measured, what it is not."""
+"""Writes the README.md (model card) of an export: contents, loading code, checks, measurements and limits."""
 
 import json
 import re
@@ -11,14 +11,14 @@ from dinov2_eq.hub.backbones import entry_point_of
 from dinov2_eq.models.convert import backbone_arguments
 
 LICENCE = "Apache-2.0"
-LIBRARIES = {"timm": "timm", "hf": "transformers"}  # as Hugging Face's pages call them
-SHORT_RECIPE_IMAGES = 125_000 * 2048  # that DINOv2's ViT-L/16 short recipe shows
+LIBRARIES = {"timm": "timm", "hf": "transformers"}  # names of the libraries on Hugging Face's pages
+SHORT_RECIPE_IMAGES = 125_000 * 2048  # images seen in DINOv2's ViT-L/16 short recipe
 CHECK_COLUMNS = {
     "difference": "difference, computed alike",
     "difference_as_trained": "difference to the checkpoint",
     "largest": "largest feature",
 }
-# Schemes such as "timm:local-dir:", then a path that begins at a root, at home or at the folder here or above.
+# Schemes such as "timm:local-dir:", then a path that starts at a root, at ~, or at . or ..
 PLACE = re.compile(r"((?:\w[\w-]+:)*)(?!//)(?:~|[A-Za-z]:|\.{1,2})?[/\\](?:.*[/\\])?(.*)")
 RELATIVE_FILE = re.compile(r"[^\s:]+[/\\]([^\s:/\\]+\.\w+)")
 PREPARE = """\
@@ -78,7 +78,7 @@ class_token, patch_tokens = session.run(["class_token", "patch_tokens"], {{"imag
 
 
 def without_paths(value: Any) -> Any:
-    """The same config or data string, with no more of a path than its last part: nothing of the machine it ran on."""
+    """Shortens each path in a config or data string to its last part, so that nothing about the machine remains."""
     if isinstance(value, str):
         return _without_path(value)
     if isinstance(value, Mapping):
@@ -96,18 +96,18 @@ def _without_path(text: str) -> str:
         return ":".join(
             [name, *(f"{key}={value!r}" if ":" in value else f"{key}={value}" for key, value in short.items())]
         )
-    if found := PLACE.fullmatch(text):
-        return found[1] + found[2]
+    if match := PLACE.fullmatch(text):
+        return match[1] + match[2]
     return RELATIVE_FILE.sub(r"\1", text) if RELATIVE_FILE.fullmatch(text) else text
 
 
 def _last_part(place: str) -> str:
-    """Returns the last part of a path; a URL stays as it is."""
+    """The last part of a path; a URL is returned unchanged."""
     return place if "://" in place else re.split(r"[/\\]", place.rstrip("/\\"))[-1]
 
 
 def loading_code(target: str, file: str, config: Mapping[str, Any]) -> str:
-    """Python that loads an export in its own folder; it ends with class_token [B, D] and patch_tokens [B, N, D]."""
+    """Python code that loads an export in its own folder and computes class_token [B, D], patch_tokens [B, N, D]."""
     student, crops = config["student"], config["crops"]
     arguments = {**backbone_arguments(student), "img_size": crops["global_crops_size"]}
     arch, patch_size, registers = (student[name] for name in ("arch", "patch_size", "num_register_tokens"))
@@ -132,15 +132,15 @@ def model_card(
     checks: Sequence[Mapping[str, Any]],
     note: str,
 ) -> str:
-    """Markdown, with the head that Hugging Face's pages read.
+    """The model card in Markdown, with the header that Hugging Face's pages read.
 
     Args:
         target: format of the export.
         code: from `loading_code`.
         encoder: config, step (None: unknown) and parameters.
         run: processes (None: unknown), environment, knn (step and percent, or None) and results, by file name.
-        checks: of each image size height, width and the keys of `CHECK_COLUMNS`.
-        note: what is to be known of this format.
+        checks: for each image size the height, width and the keys of `CHECK_COLUMNS`.
+        note: a remark about this format.
     """
     config, step = without_paths(encoder["config"]), encoder["step"]
     student = config["student"]
@@ -155,8 +155,8 @@ def model_card(
         "",
         f"# {title}, {'unknown step' if step is None else f'step {step}'}: {target}",
         "",
-        "The backbone of the teacher of a self-supervised training with dinov2_eq: images in, class token and patch "
-        f"tokens out. {'Heads' if target == 'hub' else 'Heads, projection'} and decoders are not in it.",
+        "The backbone of the teacher from self-supervised training with dinov2_eq. It maps images to a class token and "
+        f"patch tokens. {'Heads' if target == 'hub' else 'Heads, projection'} and decoders are not included.",
         "",
         *_table(("", ""), _facts(config, step, encoder["parameters"], run)),
         "",
@@ -170,8 +170,8 @@ def model_card(
         "",
         "## Checked",
         "",
-        "On random images, the largest difference between any two features: to the checkpoint computed alike, which "
-        "means with the precision and the resizing of positions that this format has, and to the checkpoint itself.",
+        "The largest difference between features on random images: compared with the checkpoint computed alike, that "
+        "is with the precision and position resizing of this format, and compared with the checkpoint itself.",
         "",
         *_table(("pixels", *CHECK_COLUMNS.values()), check_rows(checks)),
         "",
@@ -179,18 +179,18 @@ def model_card(
         "",
         *_results(run, step),
         "",
-        "## What it is not",
+        "## Limits",
         "",
         *_limits(config, step, run),
         "",
-        f"Licence: {LICENCE}, as the code that trained it. The training data has terms of its own.",
+        f"Licence: {LICENCE}, like the code that trained it. The training data has its own terms.",
         "",
     ]
     return "\n".join(lines)
 
 
 def check_rows(checks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row for each size of image: the size, and the numbers of `CHECK_COLUMNS`."""
+    """Table rows, one per image size: the size and the numbers of `CHECK_COLUMNS`."""
     return [
         [f"{check['height']} x {check['width']}", *(f"{check[key]:.2g}" for key in CHECK_COLUMNS)] for check in checks
     ]
@@ -216,10 +216,10 @@ def _facts(config: Mapping[str, Any], step: int | None, parameters: int, run: Ma
     return [
         ("architecture", ", ".join([student["arch"], *shape])),
         ("parameters", f"{parameters:,}"),
-        ("images", f"{size} x {size} in training; pixels in [0, 1] less {crops['mean']}, over {crops['std']}"),
+        ("images", f"{size} x {size} in training; pixels in [0, 1] minus {crops['mean']}, divided by {crops['std']}"),
         ("data", f"`{train['dataset_path']}`"),
         ("steps", "unknown" if step is None else f"{step:,} of {config['optim']['steps']:,}"),
-        ("images a step", _batch_words(train, run["processes"])),
+        ("images per step", _batch_words(train, run["processes"])),
         ("seed", str(train["seed"])),
         ("equivariance task", equivariance),
         ("trained with", ", ".join(code) or "unknown"),
@@ -229,12 +229,12 @@ def _facts(config: Mapping[str, Any], step: int | None, parameters: int, run: Ma
 def _batch_words(train: Mapping[str, Any], processes: int | None) -> str:
     own = train["batch_size_per_gpu"] * train["accumulation_steps"]
     if processes is None:
-        return f"{own:,} of each process; their number is unknown"
-    return f"{own * processes:,}, of {processes} process{'es' if processes > 1 else ''}"
+        return f"{own:,} in each process; the number of processes is unknown"
+    return f"{own * processes:,}, over {processes} process{'es' if processes > 1 else ''}"
 
 
 def numbers_in(value: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[str, float]]:
-    """All numbers of a results file's tree, each with the words that lead to it."""
+    """Yields all numbers in a nested results file, each with the words on the path to it."""
     if isinstance(value, Mapping):
         words = names + tuple(str(item) for item in value.values() if isinstance(item, str))
         for key, item in value.items():
@@ -247,11 +247,11 @@ def numbers_in(value: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[str, f
 
 
 def measurements(run: Mapping[str, Any], step: int | None) -> dict[str, list[tuple[str, float]]]:
-    """Numbers of the run's results files, by file; none of files that are of another step."""
+    """Numbers in the results files of a run, by file, without files about another step."""
     return {
-        name: list(numbers_in(found.get("results", found.get("summary"))))
-        for name, found in run["results"].items()
-        if found.get("encoder", {}).get("step") == step
+        name: list(numbers_in(results.get("results", results.get("summary"))))
+        for name, results in run["results"].items()
+        if results.get("encoder", {}).get("step") == step
     }
 
 
@@ -259,15 +259,15 @@ def _results(run: Mapping[str, Any], step: int | None) -> list[str]:
     lines, measured = [], measurements(run, step)
     if run["knn"]:
         lines += [f"During training, k-NN at step {run['knn']['step']:,}: {run['knn']['top1']:.2f} % top-1.", ""]
-    for name, found in run["results"].items():
+    for name, results in run["results"].items():
         if name not in measured:
-            lines += [f"`{name}` is of another step and left out.", ""]
+            lines += [f"`{name}` is about another step and not shown.", ""]
             continue
-        protocol = without_paths(found.get("protocol", {}))
+        protocol = without_paths(results.get("protocol", {}))
         data = [f"`{protocol[key]}`" for key in ("train_dataset", "val_dataset") if key in protocol]
         rows = [(words, f"{number:.4g}") for words, number in measured[name]]
         lines += [f"`{name}`, {' and '.join(data)}:", "", *_table(("measurement", "value"), rows), ""]
-    return lines[:-1] or ["Nothing: no results lie in the run's folder."]
+    return lines[:-1] or ["Nothing: there are no results in the run folder."]
 
 
 def _limits(config: Mapping[str, Any], step: int | None, run: Mapping[str, Any]) -> list[str]:
@@ -276,15 +276,16 @@ def _limits(config: Mapping[str, Any], step: int | None, run: Mapping[str, Any])
         seen = step * train["batch_size_per_gpu"] * train["accumulation_steps"] * run["processes"]
         if seen < SHORT_RECIPE_IMAGES:
             lines.append(
-                f"- A small run: it was shown {seen:,} images, DINOv2's short recipe shows {SHORT_RECIPE_IMAGES:,}. "
-                "Its features are not those of published backbones."
+                f"- This was a small run: it saw {seen:,} images, DINOv2's short recipe sees {SHORT_RECIPE_IMAGES:,}. "
+                "Its features cannot compete with those of published backbones."
             )
     return [
         *lines,
-        "- No classifier and no detector: a head has to be trained on the features.",
-        "- Not evaluated on anything but what is listed above; not on other kinds of images, not for biases or safety.",
+        "- It is not a classifier or detector: a head has to be trained on the features.",
+        "- It was only evaluated on what is listed above, not on other kinds of images and not for biases or safety.",
     ]
 
 
 def to_json(content: Mapping[str, Any]) -> str:
+    """Indented JSON; raises ValueError for NaN and infinity."""
     return json.dumps(content, indent=2, allow_nan=False) + "\n"

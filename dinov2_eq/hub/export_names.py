@@ -1,7 +1,7 @@
-"""A backbone as files that timm and Hugging Face's transformers read: their names of tensors, their config.json.
+"""Converts a backbone to the tensor names and config.json of timm and of Hugging Face's transformers.
 
-What the others always have and this backbone may lack is filled with what changes nothing: biases of 0, LayerScales
-of 1. The mask token, which features do not pass, has no place in timm.
+Tensors that those libraries require and this backbone may not have are filled with neutral values: 0 for biases, 1 for
+LayerScale. timm has no mask token, which does not affect features.
 """
 
 import re
@@ -13,7 +13,7 @@ from torch import Tensor
 from dinov2_eq.layers.swiglu_ffn import SwiGLUFFN
 from dinov2_eq.models import DinoVisionTransformer
 
-# Entries of timm with an MLP; model_args in config.json overrule their sizes, so that any width can take any of them.
+# timm models with an MLP, by width. model_args in config.json override their sizes, so any of them works for any width.
 TIMM_MODELS = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large"}
 TIMM_SWIGLU = "vit_giant_patch14_dinov2"
 HUGGING_FACE_RATIOS = range(1, 17)
@@ -39,8 +39,8 @@ def to_timm(backbone: DinoVisionTransformer) -> tuple[dict[str, Tensor], dict[st
     del weights["mask_token"]
     _fill_biases(weights)
     if gated:
-        _fill_layer_scales(weights, backbone)  # which that entry of timm always has
-    if registers:  # with them, timm has positions for the patches alone
+        _fill_layer_scales(weights, backbone)  # because this timm model always has them
+    if registers:  # because timm then only has positions for patches
         weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
         weights["pos_embed"] = weights["pos_embed"][:, 1:]
         weights["reg_token"] = weights.pop("register_tokens")
@@ -60,10 +60,10 @@ def to_timm(backbone: DinoVisionTransformer) -> tuple[dict[str, Tensor], dict[st
 
 
 def to_hugging_face(backbone: DinoVisionTransformer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights under the names of Dinov2Model, or Dinov2WithRegistersModel where there are registers, and config.json.
+    """Weights under the names of Dinov2Model (with registers: Dinov2WithRegistersModel), and its config.json.
 
     Raises:
-        ValueError: a feed-forward layer of a width that their configs cannot say.
+        ValueError: the width of the feed-forward layers cannot be expressed in config.json.
     """
     registers, (gated, width) = backbone.num_register_tokens, feed_forward(backbone)
     dim = backbone.embed_dim
@@ -108,7 +108,7 @@ def feed_forward(backbone: DinoVisionTransformer) -> tuple[bool, int]:
 
 
 def image_size(backbone: DinoVisionTransformer) -> int:
-    """Side, in pixels, of the images that the position table fits as it is."""
+    """Side, in pixels, of the images that need no resizing of the position embedding."""
     return backbone.patch_size * round(backbone.patch_embed.num_patches**0.5)
 
 
@@ -125,7 +125,7 @@ def _sizes(backbone: DinoVisionTransformer) -> dict[str, Any]:
 
 
 def _exact_ratio(width: int, dim: int) -> float:
-    """A ratio with int(dim * ratio) == width, in floating point too."""
+    """A ratio with int(dim * ratio) == width despite rounding."""
     ratio = width / dim
     return ratio if int(dim * ratio) == width else (width + 0.5) / dim
 

@@ -1,6 +1,6 @@
-"""A backbone as an ONNX graph for any number of images, and images of any size made of whole patches.
+"""Exports a backbone as an ONNX graph for any number of images of any size in whole patches.
 
-Inputs: images [B, C, H, W]. Outputs: class_token [B, D] and patch_tokens [B, N, D], after the final norm.
+Input: images [B, C, H, W]. Outputs: class_token [B, D] and patch_tokens [B, N, D], after the final norm.
 """
 
 import json
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from dinov2_eq.models import DinoVisionTransformer
 
-LARGEST_SIDE = 1024  # in patches; what the exporter may rely on
-LARGEST_FILE = 2**31  # bytes of one protobuf message; larger weights go to a file beside it
+LARGEST_SIDE = 1024  # in patches; an upper bound for the exporter
+LARGEST_FILE = 2**31  # bytes of one protobuf message; larger weights go to a separate file
 CUBIC, CUBIC_ANTIALIAS = -0.75, -0.5  # torch's constants of the bicubic kernel, without and with antialiasing
 
 
 def write_onnx(path: Path, backbone: DinoVisionTransformer, metadata: Mapping[str, Any]) -> None:
-    """Writes the graph with its weights; values of `metadata` become JSON in the file's metadata.
+    """Writes the graph with its weights; the values of `metadata` are stored as JSON in the file.
 
     Raises:
         ImportError: the package onnxscript is missing.
@@ -29,7 +29,8 @@ def write_onnx(path: Path, backbone: DinoVisionTransformer, metadata: Mapping[st
     rows, columns = (patch * torch.export.Dim(name, min=1, max=LARGEST_SIDE) for name in ("rows", "columns"))
     program = torch.onnx.export(
         OnnxBackbone(backbone).eval(),
-        (torch.zeros(2, backbone.patch_embed.proj.in_channels, 5 * patch, 7 * patch),),  # no two sizes are equal
+        # All sizes differ, so that the exporter does not take two of them for the same.
+        (torch.zeros(2, backbone.patch_embed.proj.in_channels, 5 * patch, 7 * patch),),
         dynamo=True,
         input_names=["images"],
         output_names=["class_token", "patch_tokens"],
@@ -42,9 +43,9 @@ def write_onnx(path: Path, backbone: DinoVisionTransformer, metadata: Mapping[st
 
 
 class OnnxBackbone(nn.Module):
-    """A backbone whose position table is resized by matrices: tracing keeps them for any size of image.
+    """A backbone that can be traced for all image sizes, because it resizes positions by matrix products.
 
-    `DinoVisionTransformer` decides in Python whether to resize, and that decision would be traced for one size.
+    `DinoVisionTransformer` decides in Python whether to resize; tracing would fix that decision for one size.
     """
 
     def __init__(self, backbone: DinoVisionTransformer) -> None:
@@ -52,7 +53,7 @@ class OnnxBackbone(nn.Module):
         self.backbone = backbone
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, C, H, W] -> class token [B, D], patch tokens [B, N, D]"""
+        """Maps images [B, C, H, W] -> class token [B, D], patch tokens [B, N, D]."""
         backbone = self.backbone
         positions = resized_positions(backbone, backbone.patch_embed.grid(*images.shape[-2:]))
         first = [backbone.cls_token + positions[:, :1]]
@@ -68,12 +69,16 @@ class OnnxBackbone(nn.Module):
 
 
 def resized_positions(backbone: DinoVisionTransformer, grid: Sequence[int]) -> Tensor:
-    """What `backbone.interpolate_pos_encoding` gives for a grid of (rows, columns): [1, 1 + rows * columns, D]."""
+    """Resizes positions to a grid of (rows, columns) like `backbone.interpolate_pos_encoding`.
+
+    Returns:
+        [1, 1 + rows * columns, D]
+    """
     side, antialias = round(backbone.patch_embed.num_patches**0.5), backbone.interpolate_antialias
     cls_position, table = backbone.pos_embed.split([1, side**2], dim=1)
     lengths = [torch.scalar_tensor(length) for length in grid]
     kept = [length == side for length in lengths]
-    if not antialias:  # then torch keeps both axes or none
+    if not antialias:  # torch then resizes both axes or none
         kept = [kept[0] & kept[1]] * 2
     matrices = []
     for length, size, unchanged in zip(grid, lengths, kept, strict=True):
@@ -86,11 +91,11 @@ def resized_positions(backbone: DinoVisionTransformer, grid: Sequence[int]) -> T
 
 
 def resize_matrix(length: int, side: int, step: Tensor, antialias: bool) -> Tensor:
-    """The matrix [length, side] that resizes a line of `side` values bicubically, as torch does.
+    """Builds the matrix [length, side] that resizes `side` values to `length` bicubically, as torch does.
 
     Args:
-        step: distance, in old values, from one new value to the next; [] float.
-        antialias: widen the kernel where the line shrinks.
+        step: distance between neighbouring new values, in units of old values; [] float.
+        antialias: widen the kernel when shrinking.
     """
     centres = (torch.arange(length) + 0.5).unsqueeze(1) * step  # [length, 1]
     if antialias:
@@ -99,12 +104,12 @@ def resize_matrix(length: int, side: int, step: Tensor, antialias: bool) -> Tens
         return weights / weights.sum(dim=1, keepdim=True)
     taps = (centres - 0.5).floor() + torch.arange(-1, 3)  # [length, 4]
     weights = _cubic(centres - 0.5 - taps, CUBIC)
-    is_read = taps.clamp(0, side - 1).unsqueeze(2) == torch.arange(side)  # [length, 4, side]; the border repeats
+    is_read = taps.clamp(0, side - 1).unsqueeze(2) == torch.arange(side)  # [length, 4, side]; border values repeat
     return (weights.unsqueeze(2) * is_read).sum(dim=1)
 
 
 def _cubic(x: Tensor, a: float) -> Tensor:
-    """Keys' kernel (IEEE ASSP 1981): a cubic within distance 1, another one to 2, and 0 beyond."""
+    """Keys' cubic convolution kernel (IEEE ASSP 1981), which is 0 beyond distance 2."""
     x = x.abs()
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = a * (((x - 5) * x + 8) * x - 4)

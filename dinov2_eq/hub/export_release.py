@@ -1,4 +1,4 @@
-"""A teacher as a small file for `hubconf.py`, and its entry in the manifest beside it."""
+"""Writes a teacher as a small file for `hubconf.py`, and its entry in the manifest next to it."""
 
 import json
 from collections.abc import Mapping
@@ -31,27 +31,29 @@ def write_release(
     """Writes `<folder>/<name>.safetensors` in half precision, with the run's config in its header, and the manifest.
 
     Args:
-        name: of the release; an earlier one of that name is replaced.
-        data: what it was trained on.
+        name: name of the release; an existing release of that name is replaced.
+        data: training data.
         results: measurements by name.
-        notes: what it is and is not.
-        url: where the file can be had as well.
-        default: whether it is what `pretrained=True` gives for its entry point.
+        notes: what the release is good for and what not.
+        url: where else the file is available.
+        default: whether `pretrained=True` loads it for its entry point.
 
     Raises:
-        ValueError: no teacher, no config or no step in the checkpoint, no entry point for its architecture, another
-            default, or values that half precision cannot hold.
+        ValueError: the checkpoint lacks teacher, config or step, its architecture has no entry point, there is another
+            default, or values exceed half precision.
         OSError: the folder cannot be written.
     """
     config, teacher = checkpoint.config, checkpoint.content.get("teacher")
     if config is None or teacher is None or checkpoint.step is None:
-        raise ValueError("This is no teacher checkpoint with its config and step inside, as training writes them")
+        raise ValueError(
+            "This is not a teacher checkpoint with config and step, as training writes it in eval/training_<step>/"
+        )
     student = config["student"]
     entry_point = entry_point_of(student["arch"], student["patch_size"], student["num_register_tokens"])
     releases = read_manifest(folder)
     others = (known for known, release in releases.items() if release.entry_point == entry_point and release.default)
     if default and (other := next((known for known in others if known != name), None)):
-        raise ValueError(f"{other} is the default of {entry_point} already; only one can be")
+        raise ValueError(f"{other} is already the default of {entry_point}, and there can only be one; omit --default")
     tensors = to_half(teacher)
     file = folder / f"{name}.safetensors"
     header = {"config": json.dumps(without_paths(config)), "step": str(checkpoint.step), "licence": licence}
@@ -77,12 +79,12 @@ def write_release(
 
 
 def to_half(teacher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is released of a teacher, in half precision.
+    """Converts the released parts of a teacher to half precision.
 
     Raises:
-        ValueError: a value that half precision cannot hold.
+        ValueError: a value exceeds half precision.
     """
     tensors = {name: tensor.half() for name, tensor in teacher.items() if name.split(".")[0] in PARTS}
     if too_large := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{too_large[0]} has values beyond half precision, 65504")
+        raise ValueError(f"{too_large[0]} has values above 65504, the largest number in half precision")
     return tensors

@@ -1,4 +1,4 @@
-"""The list of released weights, `weights/manifest.json`, and how a release becomes a file on this machine."""
+"""Reads and writes the list of released weights, `weights/manifest.json`, and finds or downloads their files."""
 
 import hashlib
 import json
@@ -18,22 +18,22 @@ PACKAGE = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Release:
-    """One file of weights; its header holds the whole training config and the step."""
+    """A released weight file, whose header holds the whole training config and the step."""
 
-    entry_point: str  # of hubconf.py, for example dinov2_eq_vitt8
-    default: bool  # whether it is what `pretrained=True` gives for this entry point
+    entry_point: str  # in hubconf.py, for example dinov2_eq_vitt8
+    default: bool  # whether `pretrained=True` loads it for this entry point
     file: str  # name in the folder of the manifest
-    url: str | None  # where it can be had if it is not there
+    url: str | None  # where to download the file if it is not there
     size: int  # bytes
     sha256: str
     dtype: str  # of the tensors in the file
-    contains: list[str]  # of backbone, projection, heads and decoders
-    architecture: dict[str, Any]  # arch, depth, patch_size, img_size, ...: the arguments of `build_backbone`
-    data: str  # what it was trained on
+    contains: list[str]  # some of backbone, projection, heads and decoders
+    architecture: dict[str, Any]  # arguments of `build_backbone`: arch, depth, patch_size, img_size, ...
+    data: str  # training data
     steps: int  # optimizer updates
     results: dict[str, float]  # by name of the measurement, with its unit
     licence: str
-    notes: str  # what it is and is not
+    notes: str  # what the release is good for and what not
 
 
 def weights_folder() -> Path:
@@ -43,11 +43,11 @@ def weights_folder() -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Release]:
-    """Releases by name; none where the folder has no manifest.
+    """Reads the releases by name; an empty dict if the folder has no manifest.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no table of releases; an entry lacks something, or has more than is known.
+        OSError: the manifest cannot be read.
+        ValueError: it is not a table of releases, or an entry has missing or unknown fields.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -62,10 +62,10 @@ def read_manifest(folder: Path) -> dict[str, Release]:
 
 
 def write_manifest(folder: Path, releases: Mapping[str, Release]) -> None:
-    """Writes the manifest whole or not at all.
+    """Writes the manifest, completely or not at all.
 
     Raises:
-        ValueError: results that are NaN or infinite.
+        ValueError: a result is NaN or infinite.
     """
     entries = {name: asdict(release) for name, release in sorted(releases.items())}
     text = json.dumps({"releases": entries}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -73,27 +73,27 @@ def write_manifest(folder: Path, releases: Mapping[str, Release]) -> None:
 
 
 def find_file(name: str, release: Release, folder: Path) -> Path:
-    """The file of a release: beside the manifest, or downloaded; its checksum is left to the reader.
+    """Finds the file of a release next to the manifest, or downloads it; does not verify its checksum.
 
     Raises:
-        FileNotFoundError: it is not there, and nobody has published it elsewhere.
+        FileNotFoundError: the file is missing and has no URL.
         OSError: it cannot be downloaded.
     """
     if (path := folder / release.file).is_file():
         return path
     if release.url is None:
         raise FileNotFoundError(
-            f"{path} is missing, and the weights {name!r} have no URL; get the whole checkout: git restore weights"
+            f"{path} is missing, and the weights {name!r} have no URL; restore the file with git restore weights"
         )
     return download(release.url, release.sha256)
 
 
 def download(url: str, sha256: str | None) -> Path:
-    """The file behind `url`, from the cache `<TORCH_HOME>/hub/checkpoints` where it has been there before.
+    """Downloads a file to the cache `<TORCH_HOME>/hub/checkpoints`, unless it is there already.
 
     Raises:
         OSError: it cannot be downloaded.
-        ValueError: what came has another SHA-256 than `sha256`.
+        ValueError: the downloaded file does not have the given SHA-256.
     """
     basename = Path(urlparse(url).path).name
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{basename}"
@@ -101,7 +101,7 @@ def download(url: str, sha256: str | None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256 and sha256.lower(), progress=False)
-        except RuntimeError as error:  # torch's word for another checksum
+        except RuntimeError as error:  # torch raises it for a wrong checksum
             raise ValueError(f"{url} is not the file that was published: {error}") from None
         except OSError as error:
             raise OSError(f"{url} cannot be downloaded: {error}") from None

@@ -1,4 +1,4 @@
-"""Multi-head attention (Vaswani et al., arXiv 1706.03762) on crops of several sizes, and the choice of its kernel."""
+"""Multi-head attention (Vaswani et al., arXiv 1706.03762) for crops of several sizes, and the choice of its kernel."""
 
 import functools
 import logging
@@ -18,16 +18,16 @@ CropShapes = Sequence[tuple[int, int]]  # (batch, tokens) of each group of equal
 
 @functools.cache
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Settles which attention kernel runs on `device` for queries of `dtype`; the answer is cached and logged once.
+    """Chooses the attention kernel for `device` and queries of `dtype`; the choice is cached and logged once.
 
     Args:
-        name: "sdpa" (torch), "xformers", or "auto": xformers on a GPU where it is installed and works, SDPA elsewhere.
+        name: "sdpa" (torch), "xformers", or "auto": xformers on a GPU if it is installed and works, otherwise SDPA.
 
     Returns:
         "sdpa" or "xformers".
 
     Raises:
-        ValueError: unknown name, or xformers is asked for by name and cannot be used here.
+        ValueError: unknown name, or "xformers" where it cannot be used.
     """
     if name not in BACKENDS:
         raise ValueError(f"Unknown attention backend {name!r}; available: {', '.join(BACKENDS)}")
@@ -46,19 +46,19 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype = torch.b
 
 
 def _why_xformers_fails(device: torch.device, dtype: torch.dtype) -> str:
-    """The first line of what goes wrong in a tiny forward and backward pass, or "" where xformers works."""
+    """Tries a tiny forward and backward pass; returns the first line of the error, or "" if xformers works."""
     try:
         with torch.inference_mode(False), torch.enable_grad():
             probe = torch.zeros(16, 1, 64, device=device, dtype=dtype, requires_grad=True)
             attend_crops(probe, probe, probe, ((2, 4), (1, 8)), "xformers").sum().backward()
-    # A build for another torch, or an operator without a kernel for this device, shows up as any of these.
+    # A build for another torch, or an operator without a kernel for this device, raises any of these.
     except (ImportError, OSError, AttributeError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}".splitlines()[0].strip()
     return ""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
-    """softmax(q k / sqrt(d)) v in each head.
+    """Computes softmax(q k / sqrt(d)) v for each head.
 
     Args:
         query: [B, N, heads, d].
@@ -78,7 +78,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, backend: str) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 def block_diagonal_mask(crop_shapes: tuple[tuple[int, int], ...], device: torch.device) -> Any:
-    """xformers' bias that keeps every sequence to itself when all of them are laid out in one row."""
+    """Makes the xformers bias that restricts attention to each sequence when all are concatenated in one row."""
     from xformers.ops import fmha
 
     lengths = [tokens for batch, tokens in crop_shapes for _ in range(batch)]
@@ -87,7 +87,7 @@ def block_diagonal_mask(crop_shapes: tuple[tuple[int, int], ...], device: torch.
 
 
 def attend_crops(query: Tensor, key: Tensor, value: Tensor, crop_shapes: CropShapes, backend: str) -> Tensor:
-    """Attention within each sequence of the groups of crops that lie one after the other in [T, heads, d].
+    """Computes attention within each sequence of several groups of crops, which are concatenated in [T, heads, d].
 
     start = 0
     for batch, tokens in crop_shapes:
@@ -96,7 +96,7 @@ def attend_crops(query: Tensor, key: Tensor, value: Tensor, crop_shapes: CropSha
             out[own] = attend(query[own], key[own], value[own])
             start += tokens
 
-    SDPA makes one call for each group, xformers one for all.
+    SDPA needs one call per group, xformers one for all groups.
     """
     if backend == "xformers" and len(crop_shapes) > 1:
         from xformers.ops import memory_efficient_attention
@@ -112,14 +112,14 @@ def attend_crops(query: Tensor, key: Tensor, value: Tensor, crop_shapes: CropSha
 
 
 def check_heads(dim: int, num_heads: int) -> int:
-    """Channels of each head; a ValueError where `dim` does not split evenly."""
+    """Number of channels per head; raises ValueError if `dim` does not split evenly."""
     if dim % num_heads:
         raise ValueError(f"{dim} channels do not split into {num_heads} heads; give a multiple of the number of heads")
     return dim // num_heads
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with scale d ** -0.5, d being the channels of a head."""
+    """Multi-head self-attention with scale d ** -0.5, where d is the number of channels per head."""
 
     def __init__(
         self, dim: int, num_heads: int, qkv_bias: bool = True, proj_bias: bool = True, backend: str = "auto"
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
     def forward(self, x: Tensor, crop_shapes: CropShapes | None = None) -> Tensor:
-        """x [B, N, D] -> [B, N, D]; or, with `crop_shapes`, all tokens of several groups: [T, D] -> [T, D]."""
+        """Maps x [B, N, D] -> [B, N, D]; with `crop_shapes`, the tokens of several groups, [T, D] -> [T, D]."""
         shapes = [(x.shape[0], x.shape[1])] if crop_shapes is None else crop_shapes
         query, key, value = self.qkv(x).view(-1, 3, self.num_heads, self.head_dim).unbind(1)  # [T, heads, d]
         backend = choose_backend(self.backend, query.device, query.dtype)

@@ -6,11 +6,11 @@ from dinov2_eq.layers.layer_scale import LayerScale
 from dinov2_eq.layers.mlp import Mlp
 from dinov2_eq.layers.swiglu_ffn import SwiGLUFFN
 
-FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLUFFN, "swiglufused": SwiGLUFFN}  # the last is the name in DINOv2's configs
+FFN_LAYERS = {"mlp": Mlp, "swiglu": SwiGLUFFN, "swiglufused": SwiGLUFFN}  # DINOv2's configs say "swiglufused"
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: attention, then a feed-forward layer, each with LayerScale and stochastic depth.
+    """A pre-norm transformer block: attention, then a feed-forward layer, each with LayerScale and stochastic depth.
 
     Raises:
         ValueError: unknown `ffn_layer`, or `dim` is not a multiple of `num_heads`.
@@ -47,7 +47,7 @@ class Block(nn.Module):
         return self.ls2(self.mlp(self.norm2(x)))
 
     def forward(self, x: Tensor, crop_shapes: CropShapes | None = None) -> Tensor:
-        """x [B, N, D] -> [B, N, D]; or, with `crop_shapes`, all tokens of several groups: [T, D] -> [T, D]."""
+        """Maps x [B, N, D] -> [B, N, D]; with `crop_shapes`, the tokens of several groups, [T, D] -> [T, D]."""
         shapes = [(x.shape[0], x.shape[1])] if crop_shapes is None else crop_shapes
         drop_rate = self.drop_path_rate if self.training else 0.0
         tokens = x.reshape(-1, x.shape[-1])  # [T, D]

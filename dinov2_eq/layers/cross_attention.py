@@ -16,7 +16,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        """queries [B, N, D], context [B, M, D] -> [B, N, D]"""
+        """Maps queries [B, N, D] and context [B, M, D] -> [B, N, D]."""
         query = self.query(queries).unflatten(-1, (self.num_heads, self.head_dim))  # [B, N, heads, d]
         key_value = self.key_value(context).unflatten(-1, (2, self.num_heads, self.head_dim))
         key, value = key_value.unbind(2)  # [B, M, heads, d]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class WeightNormLinear(nn.Module):
-    """Linear layer without bias whose rows are g * v / |v| (Salimans and Kingma, arXiv 1602.07868).
+    """A linear layer without bias whose rows are g * v / |v| (Salimans and Kingma, arXiv 1602.07868).
 
     torch's own weight normalisation stores the two parts as `parametrizations.weight.original0/1`; DINOv2's checkpoints
     name them `weight_g` and `weight_v`.
@@ -31,13 +31,14 @@ class WeightNormLinear(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """From tokens to prototype logits: an MLP, L2 normalisation, then a weight-normalised linear layer
-    (Caron et al., arXiv 2104.14294, section 3.1).
+    """The head from tokens to prototype logits (Caron et al., arXiv 2104.14294, section 3.1).
+
+    It consists of an MLP, L2 normalisation and a weight-normalised linear layer.
 
     Args:
         in_dim: channels of the tokens.
         out_dim: number of prototypes P.
-        nlayers: linear layers before the normalisation, with GELU between them.
+        nlayers: number of linear layers before the normalisation, with GELU between them.
         hidden_dim: width between these layers.
         bottleneck_dim: channels that are normalised and compared with the prototypes.
         norm_last_layer: keep every prototype at norm 1.
@@ -65,7 +66,7 @@ class DINOHead(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Sets every parameter: needed after `to_empty`, and with a new seed it starts afresh."""
+        """Initialises every parameter; call it after `to_empty`, or to draw new weights."""
         for module in self.mlp.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -73,7 +74,7 @@ class DINOHead(nn.Module):
         self.last_layer.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_dim] -> logits [..., P]"""
+        """Maps x [..., in_dim] -> logits [..., P]."""
         x = self.mlp(x)
         eps = 1e-6 if x.dtype == torch.float16 else 1e-12  # 1e-12 is zero in fp16
         return self.last_layer(F.normalize(x, dim=-1, eps=eps))

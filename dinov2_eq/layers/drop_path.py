@@ -1,4 +1,4 @@
-"""Stochastic depth (Huang et al., arXiv 1603.09382) that does not compute what it drops, as in DINOv2 (section 5)."""
+"""Stochastic depth (Huang et al., arXiv 1603.09382) that skips dropped samples, as in DINOv2 (section 5)."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from dinov2_eq.layers.attention import CropShapes
 def add_branch(
     x: Tensor, branch: Callable[[Tensor, CropShapes], Tensor], crop_shapes: CropShapes, drop_rate: float
 ) -> Tensor:
-    """x + branch(x), where the branch sees a random part of the samples of each group and is scaled up accordingly.
+    """Adds branch(x) to x for a random part of the samples of each group, scaled up to keep the expectation.
 
     start = 0
     for b, tokens in crop_shapes:
@@ -22,10 +22,10 @@ def add_branch(
         start += b * tokens
 
     Args:
-        x: [T, D], the tokens of all groups one after the other.
-        branch: called once, with the tokens that are kept, [T_kept, D], and their shapes.
+        x: [T, D], the concatenated tokens of all groups.
+        branch: called once, with the kept tokens [T_kept, D] and their shapes.
         crop_shapes: (batch, tokens) of each group.
-        drop_rate: in [0, 1); 0 draws no random number.
+        drop_rate: in [0, 1); with 0, no random number is drawn.
     """
     if drop_rate == 0:
         return x + branch(x, crop_shapes)

@@ -3,7 +3,7 @@ from torch import Tensor, nn
 
 
 class LayerScale(nn.Module):
-    """A learned factor for each channel (Touvron et al., arXiv 2103.17239)."""
+    """A learned factor per channel (Touvron et al., arXiv 2103.17239)."""
 
     def __init__(self, dim: int, init_value: float) -> None:
         super().__init__()

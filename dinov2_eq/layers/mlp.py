@@ -3,7 +3,7 @@ from torch import Tensor, nn
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear."""
+    """A feed-forward layer: linear, GELU, linear."""
 
     def __init__(self, dim: int, hidden_dim: int, bias: bool = True) -> None:
         super().__init__()

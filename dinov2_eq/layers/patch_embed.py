@@ -8,7 +8,7 @@ from dinov2_eq.layers.batch_norm import SyncBatchNorm
 
 
 class PatchEmbed(nn.Module):
-    """Each p x p patch of the image becomes one token, row by row."""
+    """Maps each p x p patch of an image to one token, row by row."""
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -17,7 +17,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of an image.
+        """Number of rows and columns of patches of an image.
 
         Raises:
             ValueError: the image does not split into whole patches.
@@ -30,7 +30,7 @@ class PatchEmbed(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, C, H, W] -> tokens [B, N, D]"""
+        """Maps images [B, C, H, W] -> tokens [B, N, D]."""
         self.grid(*images.shape[-2:])
         return self.proj(images).flatten(2).transpose(1, 2)
 

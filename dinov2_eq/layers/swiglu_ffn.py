@@ -3,9 +3,9 @@ from torch import Tensor, nn
 
 
 class SwiGLUFFN(nn.Module):
-    """Gated feed-forward layer (Shazeer, arXiv 2002.05202): w3(silu(gate) * value), gate and value both from w12.
+    """A gated feed-forward layer (Shazeer, arXiv 2002.05202): w3(silu(gate) * value), with gate and value from w12.
 
-    The width is two thirds of `hidden_dim`, to match the number of weights of an `Mlp`, rounded up to a multiple of 8.
+    To match the number of weights of an `Mlp`, the width is two thirds of `hidden_dim`, rounded up to a multiple of 8.
     """
 
     def __init__(self, dim: int, hidden_dim: int, bias: bool = True) -> None:

@@ -18,7 +18,7 @@ class MetricLogger:
     """Appends to `<folder>/training_metrics.jsonl` and to TensorBoard events beside it."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        """Drops lines beyond `start_step`, left by a run that was interrupted after its last checkpoint."""
+        """Opens the files and removes lines after `start_step`, which an interrupted run wrote after its checkpoint."""
         path = folder / FILE_NAME
         if path.exists():
             lines = _lines(path)
@@ -29,10 +29,12 @@ class MetricLogger:
         try:
             self._events = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
         except UnicodeEncodeError:
-            logger.warning("no TensorBoard events, as it takes no path that is not UTF-8; %s has them all", FILE_NAME)
+            logger.warning(
+                "no TensorBoard events, because it needs a path that is valid UTF-8; %s has all metrics", FILE_NAME
+            )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """`step` counts finished optimizer updates."""
+        """Writes one line; `step` counts finished optimizer updates."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._events is not None:
             for name, value in values.items():
@@ -45,7 +47,7 @@ class MetricLogger:
 
 
 def first_value(folder: Path, name: str) -> list[float]:
-    """[the first value that was logged under `name`], or [] where there is none."""
+    """The first value that was logged under `name`, as a list of one; [] if there is none."""
     path = folder / FILE_NAME
     lines = _lines(path) if path.exists() else []
     values = (json.loads(line) for line in lines if _step_of(line) < float("inf"))

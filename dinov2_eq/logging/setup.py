@@ -1,4 +1,4 @@
-"""Where log lines go, and the description of code and machine that every run leaves behind."""
+"""Where log lines go, and the description of code and machine that every run saves."""
 
 import logging
 import platform
@@ -21,12 +21,12 @@ PACKAGES = ("torch", "torchvision", "xformers", "kornia", "numpy")
 
 
 class _Terminal:
-    """stderr, for lines and progress bars; where it is gone, nothing happens.
+    """A wrapper of stderr for lines and progress bars that ignores a terminal that is gone.
 
-    tqdm keeps its lock for ever when a write in it fails, and whoever logs next would wait for that.
+    If a write fails inside tqdm, tqdm never releases its lock, and the next log line would wait forever.
     """
 
-    GONE = (OSError, ValueError, AttributeError)  # hung up, closed, or none from the start
+    GONE = (OSError, ValueError, AttributeError)  # hung up, closed, or never there
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.stderr, name)
@@ -45,16 +45,16 @@ _TERMINAL = _Terminal()
 
 
 def progress_bar(items: Iterable[Any] | None = None, **options: Any) -> tqdm:
-    """A progress bar of the main process, where there is a terminal to show it on.
+    """Makes a tqdm progress bar that is only shown by the main process, and only on a terminal.
 
     Args:
-        items, options: of tqdm.
+        items, options: arguments of tqdm.
     """
     return tqdm(items, file=_TERMINAL, dynamic_ncols=True, disable=None if is_main_process() else True, **options)
 
 
 class _AboveProgressBar(logging.Handler):
-    """Prints above a progress bar instead of through it."""
+    """Prints log lines above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -64,7 +64,7 @@ class _AboveProgressBar(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """Escapes what is no text, as file names may be; tells once that a disk is full."""
+    """A log file that escapes text that is not valid Unicode, such as file names, and reports a full disk only once."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
@@ -80,9 +80,10 @@ class _LogFile(logging.FileHandler):
 
 
 def setup_logging(folder: Path | None = None) -> None:
-    """Everything goes to `<folder>/logs/log.<rank>.txt`; the main process and errors of the others, to the terminal.
+    """Sends all log lines to `<folder>/logs/log.<rank>.txt`, if a folder is given, and some to the terminal.
 
-    Neither a full disk nor a terminal that is gone is an error where something is logged.
+    The terminal shows the lines of the main process and errors of the others. A full disk or a terminal that is gone
+    does not make a log call fail.
     """
     terminal = _AboveProgressBar(logging.INFO if is_main_process() else logging.ERROR)
     handlers: list[logging.Handler] = [terminal]
@@ -93,7 +94,7 @@ def setup_logging(folder: Path | None = None) -> None:
 
 
 def describe_run(device: torch.device) -> dict[str, str]:
-    """Versions, device and, from a checkout, the commit and whether it has uncommitted changes."""
+    """Collects versions, the device, and in a checkout the commit, with "-dirty" if there are uncommitted changes."""
     description = {
         "dinov2_eq": __version__,
         "python": platform.python_version(),

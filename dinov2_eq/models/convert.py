@@ -1,7 +1,7 @@
-"""Weights of other projects' vision transformers under DINOv2's names, and fitted to another image or patch size.
+"""Converts weights of other vision transformers to DINOv2's names, and fits them to another image or patch size.
 
-Known are DINOv2 (chunked blocks too), DINO, iBOT, timm, Hugging Face (Dinov2, Dinov2WithRegisters, ViT; before and
-after version 5) and what this project writes, bare or inside a checkpoint.
+Supports the names of DINOv2 (also with chunked blocks), DINO, iBOT, timm, Hugging Face (Dinov2, Dinov2WithRegisters,
+ViT; before and after version 5) and this project, bare or inside a checkpoint.
 """
 
 import logging
@@ -22,11 +22,11 @@ HEADS = {arch.embed_dim: arch.num_heads for arch in ARCHS.values()}  # also of n
 DEFAULT_MLP_RATIO = 4.0
 NUM_SHOWN = 3  # names in a message
 ANCHORS = ("patch_embed.proj.weight", "embeddings.patch_embeddings.projection.weight")  # every backbone has one
-PREFERRED = ("teacher", "ema")  # where a checkpoint holds several backbones
-EXTRAS = {"head", "head_dist", "fc", "classifier", "pooler", "decoder"}  # below the backbone's prefix, and not of it
-# Around a module: torch.compile, activation checkpointing, FSDP, and DDP or DataParallel.
+PREFERRED = ("teacher", "ema")  # if a checkpoint contains several backbones
+EXTRAS = {"head", "head_dist", "fc", "classifier", "pooler", "decoder"}  # share the backbone's prefix, but are not part
+# Wrappers of modules: torch.compile, activation checkpointing, FSDP, and DDP or DataParallel.
 WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|module)\.")
-# Hugging Face to DINOv2; the first pattern that fits a name counts.
+# Hugging Face to DINOv2; only the first matching pattern is applied.
 RENAMED = [
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -47,7 +47,7 @@ RENAMED_IN_BLOCK = [
     (r"\.mlp\.(?:weights_out|down_proj)\.", ".mlp.w3."),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
 ]
-# What `adapt` cannot change, of `infer_architecture`, in words.
+# The results of `infer_architecture` that `adapt` cannot change, with their description.
 SHAPING = {
     "embed_dim": "channels",
     "depth": "blocks",
@@ -59,14 +59,14 @@ SHAPING = {
     "proj_bias": "biases of attention outputs",
     "ffn_bias": "biases of feed-forward layers",
 }
-# Parts that lie side by side in one tensor of DINOv2.
+# Tensors that are concatenated to one tensor in DINOv2.
 JOINED = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.w12": ("mlp.gate_proj", "mlp.up_proj")}
 
 logger = logging.getLogger(__name__)
 
 
 def to_dinov2(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The backbone of a state dict or checkpoint, under the names of `DinoVisionTransformer`.
+    """Extracts the backbone of a state dict or checkpoint, under the names of `DinoVisionTransformer`.
 
     Where a checkpoint holds several backbones, the teacher's is taken, else the moving average ("ema"). What belongs
     to no backbone, heads for example, is left out and listed in the log. Unknown tensors inside the backbone are kept,
@@ -74,7 +74,7 @@ def to_dinov2(state: Mapping[str, Any]) -> dict[str, Tensor]:
     changed but for the class token's position, which timm adds up.
 
     Raises:
-        ValueError: no backbone with known names, or several and none is the teacher's.
+        ValueError: no backbone with known names, or several of which none is the teacher's.
     """
     tensors = _unwrapped(dict(_flatten(state)))
     prefix = _find_backbone(tensors)
@@ -91,12 +91,12 @@ def to_dinov2(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the names of modules that only wrap another, unless another tensor has the rest as its name."""
-    found: dict[str, Tensor] = {}
+    """Removes the names of wrappers from tensor names, unless the result is the name of another tensor."""
+    unwrapped: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         bare = WRAPPERS.sub("", name)
-        found[name if bare in found else bare] = tensor
-    return found
+        unwrapped[name if bare in unwrapped else bare] = tensor
+    return unwrapped
 
 
 def _flatten(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -111,9 +111,9 @@ def _flatten(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _find_backbone(tensors: Mapping[str, Tensor]) -> str:
     prefixes = [name.removesuffix(end) for end in ANCHORS for name in tensors if f".{name}".endswith(f".{end}")]
     if not prefixes:
-        found = _first(list(tensors)) or "there are no tensors"
+        names = _first(list(tensors)) or "there are no tensors"
         raise ValueError(
-            f"No vision transformer is named in these weights: {found}. Known are the names of DINOv2, DINO, iBOT and "
+            f"No vision transformer is named in these weights: {names}. Known are the names of DINOv2, DINO, iBOT and "
             "timm (patch_embed.proj.weight, blocks.0.attn.qkv.weight) and of Hugging Face "
             "(embeddings.patch_embeddings.projection.weight), bare or within a checkpoint"
         )
@@ -123,13 +123,13 @@ def _find_backbone(tensors: Mapping[str, Tensor]) -> str:
     if len(prefixes) > 1:
         raise ValueError(
             f"These weights hold {len(prefixes)} backbones, {', '.join(prefixes)}, and none is clearly the teacher; "
-            "save the one that is meant in a file of its own"
+            "save the one to use in its own file"
         )
     return prefixes[0]
 
 
 def _part(name: str) -> str:
-    """What a tensor belongs to, for a message: its name up to a number, or without its last part."""
+    """The part of the network that a tensor belongs to, for a message: its name up to a number, or its parent."""
     return re.match(r"(.*?)(?:\.\d+\..*|\.[^.]*)?$", name)[1]
 
 
@@ -160,7 +160,7 @@ def _join(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _name_swiglu(weights: dict[str, Tensor]) -> None:
-    """timm calls the layers of a SwiGLU as those of an MLP; the first is twice as wide as the second takes."""
+    """Renames SwiGLU layers, which timm names like an MLP; the first gives twice the width that the second takes."""
     for name in [name for name in weights if name.endswith(".mlp.fc1.weight")]:
         layer = name.removesuffix("fc1.weight")
         second = weights.get(f"{layer}fc2.weight")
@@ -173,11 +173,11 @@ def _name_swiglu(weights: dict[str, Tensor]) -> None:
 
 
 def _split_positions(weights: dict[str, Tensor]) -> None:
-    """timm may have no position for the class token, whose value then holds it, or one for each register."""
+    """Converts positions of timm models, which may have none for the class token, or one for each register."""
     table, registers = weights.get("pos_embed"), weights.get("register_tokens")
     if table is None or table.ndim != 3:
         return
-    others = table.shape[1] - isqrt(table.shape[1]) ** 2  # positions of what is no patch
+    others = table.shape[1] - isqrt(table.shape[1]) ** 2  # positions of tokens other than patches
     if _is_square(table.shape[1]):
         side = isqrt(table.shape[1])
         logger.warning("%d positions are taken for %d x %d patches, and the class token has none", side**2, side, side)
@@ -190,7 +190,7 @@ def _split_positions(weights: dict[str, Tensor]) -> None:
 def backbone_arguments(student: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what `build_backbone` needs of a training config's section "student"; `img_size` comes from "crops".
 
-    Drop path and the attention kernel concern training and the machine it ran on: they are left at their defaults.
+    Drop path and the attention kernel are omitted, because they concern the training and its machine.
     """
     wanted = StudentConfig.__dataclass_fields__.keys() - NOT_ARCHITECTURE
     return {name: value for name, value in student.items() if name in wanted}
@@ -212,21 +212,21 @@ def _side(table: Tensor) -> int:
 
 
 def infer_architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of the `DinoVisionTransformer` that these weights are of.
+    """Infers the arguments of the `DinoVisionTransformer` that weights belong to.
 
-    What weights do not tell is taken to be as published: 64 channels in each attention head (the log says so), and
-    position tables resized as DINOv2 does, exactly and with antialiasing where there are registers, with the offset 0.1
-    otherwise.
+    What cannot be inferred is assumed to be as in the published models: attention heads of 64 channels (this is
+    logged), and position tables resized as in DINOv2: with registers to the exact size with antialiasing, otherwise
+    with the offset 0.1.
 
     Args:
         weights: under DINOv2's names, see `to_dinov2`.
 
     Raises:
-        ValueError: a tensor is missing that tells part of it, or a width at which heads differ from model to model.
+        ValueError: a required tensor is missing, or the number of heads is not standard for this width.
     """
-    found = _architecture(weights)
-    logger.info("%(num_heads)d attention heads are assumed, as is usual for %(embed_dim)d channels", found)
-    return found
+    architecture = _architecture(weights)
+    logger.info("%(num_heads)d attention heads are assumed, as is usual for %(embed_dim)d channels", architecture)
+    return architecture
 
 
 def _architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def _architecture(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _mlp_ratio(dim: int, width: int, gated: bool) -> float:
-    """The ratio that gives `width`; a gated layer has two thirds of it, rounded up, so many ratios give the same."""
+    """A ratio that gives `width`; for gated layers, which use two thirds of it rounded up, many ratios do."""
     if not gated:
         return width / dim
     default = (int(int(DEFAULT_MLP_RATIO * dim) * 2 / 3) + 7) // 8 * 8
@@ -273,18 +273,18 @@ def _mlp_ratio(dim: int, width: int, gated: bool) -> float:
 
 
 def adapt(weights: Mapping[str, Tensor], backbone: DinoVisionTransformer) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights of the same network for other image sizes, patches or channels, made to fit `backbone`.
+    """Adapts weights to `backbone`, which may have another image size, patch size or number of channels.
 
-    - Positions are resized as `backbone` itself would do it, so it computes what the original would at this image size.
-    - Patch kernel and input channels: see `models.resize`.
-    - Registers that only `backbone` has, and the mask token, start as they are in `backbone`; LayerScale at 1, which
-      changes nothing.
+    - Positions are resized as `backbone` does it, so the results are those of the original at this image size.
+    - Patch kernel and input channels are resized, see `models.resize`.
+    - A missing mask token and missing registers are copied from `backbone`; missing LayerScale is set to 1, which has
+      no effect.
 
     Args:
-        weights: under DINOv2's names, see `to_dinov2`; they stay as they are.
+        weights: under DINOv2's names, see `to_dinov2`; not modified.
 
     Returns:
-        a whole state dict for `backbone`, and a sentence for each thing that was changed or added.
+        a complete state dict for `backbone`, and a note for each thing that was changed or added.
 
     Raises:
         ValueError: anything else does not fit; names the tensors.
@@ -313,24 +313,24 @@ def adapt(weights: Mapping[str, Tensor], backbone: DinoVisionTransformer) -> tup
             fitted[name] = expected[name].clone()
             notes.append(f"fresh {name.replace('_', ' ')}")
     if misfit := describe_misfit(expected, fitted):
-        raise ValueError(f"The weights belong to another architecture: {_differences(weights, expected)}{misfit}")
+        raise ValueError(f"The weights belong to another architecture: {_describe_shapes(weights, expected)}{misfit}")
     return fitted, notes
 
 
-def _differences(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """What both are, where that differs and tensors tell it; "" where they do not."""
+def _describe_shapes(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Describes how two architectures differ, for a message; "" if they cannot be inferred."""
     try:
         theirs, ours = _architecture(weights), _architecture(expected)
     except ValueError:
         return ""
-    for found in (theirs, ours):
-        found["init_values"] = found["init_values"] is not None
+    for architecture in (theirs, ours):
+        architecture["init_values"] = architecture["init_values"] is not None
     different = {name: words for name, words in SHAPING.items() if theirs[name] != ours[name]}
     return "".join(f"{words} {theirs[name]} there, {ours[name]} here; " for name, words in different.items())
 
 
 def describe_misfit(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
-    """ "" where all names and shapes agree; else how many tensors do ("loaded 3 of 5 tensors") and which do not."""
+    """Describes names and shapes that differ ("loaded 3 of 5 tensors; ..."); "" if all agree."""
     shared = expected.keys() & weights.keys()
     misshaped = {name for name in shared if weights[name].shape != expected[name].shape}
     problems = {

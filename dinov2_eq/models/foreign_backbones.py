@@ -1,6 +1,6 @@
-"""Backbones of other libraries, made to answer as a `DinoVisionTransformer` does as far as evaluations ask.
+"""Wraps backbones of other libraries in the part of the interface of `DinoVisionTransformer` that evaluations use.
 
-That is `backbone(images, is_training=True)` with x_norm_clstoken [B, D] and x_norm_patchtokens [B, N, D],
+This is `backbone(images, is_training=True)` with x_norm_clstoken [B, D] and x_norm_patchtokens [B, N, D],
 `get_intermediate_layers`, `embed_dim` and `patch_size`.
 """
 
@@ -17,13 +17,13 @@ from dinov2_eq.models import DinoVisionTransformer
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 IMAGENET_SIZE = 224
-UNUSED = ("mask_token", "pooler")  # parts of a Hugging Face model that a file may lack: features do not pass them
+UNUSED = ("mask_token", "pooler")  # parts of a Hugging Face model that may be missing, because features do not use them
 
 logger = logging.getLogger(__name__)
 
 
 class Foreign(NamedTuple):
-    """A backbone and how its images are to be prepared."""
+    """A backbone, and the preprocessing of its images."""
 
     backbone: nn.Module
     untrained: Callable[[], nn.Module]  # builds the same architecture with fresh weights
@@ -33,10 +33,10 @@ class Foreign(NamedTuple):
 
 
 class TimmBackbone(nn.Module):
-    """A model of timm that gives tokens. Without a class token the mean of the patch tokens takes its place.
+    """A timm model that outputs tokens; if it has no class token, the mean of the patch tokens replaces it.
 
     Raises:
-        ValueError: a model without patch tokens, such as a convolutional network.
+        ValueError: the model has no patch tokens, for example a convolutional network.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -77,10 +77,10 @@ class TimmBackbone(nn.Module):
 
 
 class HuggingFaceBackbone(nn.Module):
-    """A vision transformer of transformers, with a class token first and a final norm.
+    """A vision transformer of Hugging Face's transformers, with a class token at the start and a final norm.
 
     Raises:
-        ValueError: a model of another kind.
+        ValueError: the model is of another kind.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -121,10 +121,11 @@ class HuggingFaceBackbone(nn.Module):
 
 
 def load_timm(name: str, pretrained: bool) -> Foreign:
-    """The model that timm knows as `name`, which may be `hf-hub:REPO` or `local-dir:FOLDER`.
+    """Loads a timm model by name, which may be `hf-hub:REPO` or `local-dir:FOLDER`.
 
     Raises:
-        ValueError: timm is not installed, does not know the name or cannot get the weights, or it is no transformer.
+        ValueError: timm is not installed, does not know the name or cannot get the weights, or the model is not a
+            vision transformer.
     """
     try:
         import timm
@@ -134,7 +135,7 @@ def load_timm(name: str, pretrained: bool) -> Foreign:
     def build(pretrained: bool) -> nn.Module:
         try:
             return TimmBackbone(timm.create_model(name, pretrained=pretrained, num_classes=0))
-        except Exception as error:  # the libraries below have many kinds, and one meaning: it is not to be had
+        except Exception as error:  # timm and the libraries below raise many kinds of errors
             raise ValueError(
                 f"timm:{name} cannot be loaded: {_reason(error)}. timm.list_models(pretrained=True) has the names; "
                 f"random:timm:{name} needs no weights"
@@ -148,10 +149,11 @@ def load_timm(name: str, pretrained: bool) -> Foreign:
 
 
 def load_hugging_face(name: str, pretrained: bool) -> Foreign:
-    """The model of a Hugging Face repository or folder.
+    """Loads the model of a Hugging Face repository or folder.
 
     Raises:
-        ValueError: transformers is not installed or cannot load it, tensors are missing, or it is no transformer.
+        ValueError: transformers is not installed or cannot load the model, tensors are missing, or the model is not a
+            vision transformer.
     """
     try:
         from transformers import AutoConfig, AutoModel
@@ -183,7 +185,7 @@ def load_hugging_face(name: str, pretrained: bool) -> Foreign:
 
 
 def _processing(name: str, trained_size: int) -> tuple[int, list[float], list[float]]:
-    """Image size, mean and std from the repository's image processor, else the model's size and ImageNet's pixels."""
+    """Image size, mean and std of the repository's image processor; by default the model's size, ImageNet's pixels."""
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
@@ -197,14 +199,14 @@ def _processing(name: str, trained_size: int) -> tuple[int, list[float], list[fl
 
 
 def load_hub(address: str, pretrained: bool) -> Foreign:
-    """An entry point of torch.hub that gives a backbone with DINOv2's calls.
+    """Loads a backbone with DINOv2's interface through torch.hub.
 
     Args:
-        address: REPO:NAME; REPO is a folder with a hubconf.py, or owner/name[:branch] on GitHub, whose code then runs
-            here: torch.hub asks once whether it is to be trusted.
+        address: REPO:NAME. REPO is a folder with a hubconf.py, or owner/name[:branch] on GitHub. Its code runs here;
+            for GitHub, torch.hub asks once whether to trust it.
 
     Raises:
-        ValueError: an incomplete address, a repository or entry point that cannot be used, or one not yet trusted.
+        ValueError: incomplete address, or the repository or entry point cannot be used or is not yet trusted.
     """
     repo, _, name = address.rpartition(":")
     if not repo:
@@ -216,16 +218,16 @@ def load_hub(address: str, pretrained: bool) -> Foreign:
             return torch.hub.load(repo, name, source=source, trust_repo="check", pretrained=pretrained)
         except EOFError:
             raise ValueError(
-                f"hub:{address} runs code of {repo}, and nobody is here to say whether you trust it. If you do, run "
-                f"torch.hub.list({repo!r}, trust_repo=True) once in Python"
+                f"hub:{address} runs code of {repo}, and there is no terminal to ask whether you trust it. If you do, "
+                f"run torch.hub.list({repo!r}, trust_repo=True) once in Python"
             ) from None
-        except Exception as error:  # whatever the code of a repository raises
+        except Exception as error:  # the code of a repository may raise anything
             raise ValueError(f"hub:{address} cannot be loaded: {_reason(error)}") from None
 
     def untrained() -> nn.Module:
         if not isinstance(backbone, DinoVisionTransformer):
             return build(False)
-        fresh = copy.deepcopy(backbone).cpu()  # a release may have fewer blocks than its entry point builds
+        fresh = copy.deepcopy(backbone).cpu()  # not `build`, as a release may have fewer blocks than its entry point
         fresh.init_weights()
         return fresh
 
@@ -241,26 +243,26 @@ LOADERS: dict[str, Callable[[str, bool], Foreign]] = {"timm": load_timm, "hf": l
 
 @torch.inference_mode()
 def require_tokens(source: str, backbone: nn.Module, image_size: int) -> None:
-    """Shows the backbone one black image.
+    """Runs the backbone on one black image, to check that its outputs are those that evaluations need.
 
     Raises:
-        ValueError: it does not answer as evaluations need it.
+        ValueError: the backbone fails, or its outputs have other shapes.
     """
     images = torch.zeros(1, 3, image_size, image_size)
     try:
         features: Any = backbone(images, is_training=True)
         patches, cls_token = backbone.get_intermediate_layers(images, 1, return_class_token=True)[-1]
         dim, num_patches = backbone.embed_dim, (image_size // backbone.patch_size) ** 2
-        found = [features["x_norm_clstoken"], features["x_norm_patchtokens"], cls_token, patches]
+        outputs = [features["x_norm_clstoken"], features["x_norm_patchtokens"], cls_token, patches]
     except (TypeError, KeyError, AttributeError, RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(
-            f"{source} cannot be evaluated, it fails on an image of {image_size} pixels: {_reason(error)}"
+            f"{source} cannot be evaluated: it fails on an image of {image_size} pixels: {_reason(error)}"
         ) from None
     expected = [(1, dim), (1, num_patches, dim)] * 2
-    if [tuple(tensor.shape) for tensor in found] != expected:
+    if (shapes := [tuple(tensor.shape) for tensor in outputs]) != expected:
         raise ValueError(
             f"{source} cannot be evaluated: for one image of {image_size} pixels its class token and patch tokens have "
-            f"shapes {[tuple(tensor.shape) for tensor in found]}, and {expected} were expected"
+            f"shapes {shapes}, expected {expected}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The two parts of a vision transformer that depend on the size of images, patches and channels, for other sizes."""
+"""Resizes the parts of a vision transformer that depend on the size of images and patches or the number of channels."""
 
 from math import isqrt
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def resize_positions(table: Tensor, grid: tuple[int, int], *, antialias: bool, offset: float) -> Tensor:
-    """The position table [1, 1 + M * M, D], class token first, for `grid` = (rows, columns).
+    """Resizes a position table [1, 1 + M * M, D], class token first, to `grid` = (rows, columns).
 
     Args:
-        antialias: average where the table shrinks.
-        offset: added to rows and columns before the scale is computed, as the published DINOv2 weights without
-            registers were used (0.1); 0: resized to the exact size.
+        antialias: use antialiasing when shrinking.
+        offset: added to rows and columns before the scale is computed (0.1 for the published DINOv2 weights without
+            registers); 0: resize to the exact size.
 
     Returns:
         [1, 1 + rows * columns, D]
@@ -29,11 +29,11 @@ def resize_positions(table: Tensor, grid: tuple[int, int], *, antialias: bool, o
 
 
 def resize_patch_kernel(kernel: Tensor, patch_size: int) -> Tensor:
-    """Patch embedding [D, C, p, p] for patches of another size: [D, C, patch_size, patch_size].
+    """Resizes a patch embedding [D, C, p, p] to [D, C, patch_size, patch_size].
 
-    The new kernel sees in an enlarged patch what the old one saw in the patch: with the matrix R of the enlargement,
-    <R x, new> = <x, old> for every patch x, so new = pinv(R^T) old (FlexiViT, arXiv 2212.08013, section 3.4). A
-    smaller patch has less in it, and new is the best in the mean over white noise.
+    For an enlarged patch, the new kernel gives the same result as the old one for the original patch: with the matrix R
+    of the enlargement, <R x, new> = <x, old> for every patch x, so new = pinv(R^T) old (FlexiViT, arXiv 2212.08013,
+    section 3.4). For smaller patches this is only possible approximately, and new is the best fit for white noise.
     """
     old_size = kernel.shape[-1]
     if patch_size == old_size:
@@ -45,10 +45,10 @@ def resize_patch_kernel(kernel: Tensor, patch_size: int) -> Tensor:
 
 
 def resize_channels(kernel: Tensor, channels: int) -> Tensor:
-    """Patch embedding [D, C, p, p] for images of another number of channels: [D, channels, p, p].
+    """Changes the number of input channels of a patch embedding [D, C, p, p] to [D, channels, p, p].
 
-    One channel gets the sum of all, so that a grey image counts as its copy in every channel; more channels repeat
-    the old ones, scaled so that tokens keep their size.
+    A single channel gets the sum of all, so that a grey image gives the same tokens as its copies in every channel.
+    More channels repeat the old ones, scaled so that tokens keep their magnitude.
     """
     old = kernel.shape[1]
     if channels == old:

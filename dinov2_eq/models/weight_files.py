@@ -1,7 +1,8 @@
-"""Files of weights in and out: nothing here runs code that a file brings along.
+"""Reads and writes weight files, without running code that a file contains.
 
-Reading needs torch alone. A .safetensors file is a JSON header, which says where each tensor lies, and then the bytes
-of the tensors; see https://github.com/huggingface/safetensors for the format.
+A .safetensors file is a JSON header with the position of each tensor, followed by the bytes of the tensors; see
+https://github.com/huggingface/safetensors. It is parsed here rather than by the package safetensors, because models of
+torch.hub must load with torch alone, and because the package refuses paths that are not UTF-8.
 """
 
 import argparse
@@ -41,52 +42,52 @@ DTYPES = {
 
 
 def read_weights(path: str | Path, sha256: str | None = None) -> dict[str, Any]:
-    """What a file of weights holds, on the CPU.
+    """Reads a weight file to the CPU.
 
     Args:
         path: a .safetensors file, or one that torch saved; of the latter only tensors and plain containers are read.
-        sha256: the file's SHA-256 in hexadecimal digits, checked before anything is read; None: not checked.
+        sha256: the expected SHA-256 in hexadecimal digits, checked first; None: not checked.
 
     Returns:
         tensors by name; for a torch file the dictionary as it was saved, often nested.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
         OSError: it cannot be read; names the file.
-        ValueError: another checksum, a damaged file, one that would run code when it is read, or no weights at all.
+        ValueError: wrong checksum, or the file is damaged, would run code when loaded, or holds no weights.
     """
     path = _existing(path)
-    if sha256 is not None and (found := file_sha256(path)) != sha256.lower():
+    if sha256 is not None and (actual := file_sha256(path)) != sha256.lower():
         raise ValueError(
-            f"{path} is not the file that was published: its SHA-256 is {found}, expected {sha256.lower()}. Delete it "
+            f"{path} is not the file that was published: its SHA-256 is {actual}, expected {sha256.lower()}. Delete it "
             "and get it again"
         )
     if path.suffix == ".safetensors":
         return _read_tensors(path)
     content = _read_torch(path)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds no weights by name, it is no dict but {type(content).__name__}")
+        raise ValueError(f"{path} holds no weights by name: it is not a dict but a {type(content).__name__}")
     return dict(content)
 
 
 class Checkpoint(NamedTuple):
-    """What a file holds; `config` and `step` where this project wrote it."""
+    """The content of a weight file; `config` and `step` are None unless this project wrote it."""
 
-    content: dict[str, Any]  # as `read_weights` returns it
-    config: dict[str, Any] | None  # the training config, its sections as dictionaries
+    content: dict[str, Any]  # as returned by `read_weights`
+    config: dict[str, Any] | None  # the training config, with its sections as dictionaries
     step: int | None  # optimizer updates
 
 
 def read_checkpoint(path: str | Path, sha256: str | None = None) -> Checkpoint:
-    """A file of weights together with the config it carries: a teacher checkpoint's own, or a release's in its header.
+    """Reads a weight file and its config, which is in a teacher checkpoint or in the header of a release.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_weights`.
+        FileNotFoundError, OSError, ValueError: as in `read_weights`.
     """
     content, metadata = read_weights(path, sha256), read_metadata(path)
     config, step = content.get("config"), content.get("step")
     if metadata.keys() >= {"config", "step"}:
-        with suppress(TypeError, ValueError):  # somebody else's notes under the same names
+        with suppress(TypeError, ValueError):  # other programs may use the same names
             config, step = json.loads(metadata["config"]), int(metadata["step"])
     if not isinstance(config, Mapping) or not isinstance(config.get("student"), Mapping):
         return Checkpoint(content, None, None)
@@ -94,18 +95,18 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> Checkpoint:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The notes in the header of a .safetensors file; {} for other files.
+    """Reads the metadata in the header of a .safetensors file; {} for other files.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a damaged file.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged.
     """
     path = _existing(path)
     return _read_header(path)[0].get(METADATA) or {} if path.suffix == ".safetensors" else {}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a .safetensors file, whole or not at all; makes the folder.
+    """Writes a .safetensors file, completely or not at all; creates its folder if needed.
 
     Raises:
         ImportError: the package safetensors is missing; reading does not need it.
@@ -116,23 +117,23 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     path.parent.mkdir(parents=True, exist_ok=True)
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     with whole_file(path) as temporary:
-        temporary.write_bytes(save(own, dict(metadata)))  # save_file would keep the file from everybody else
+        temporary.write_bytes(save(own, dict(metadata)))  # save_file would make it unreadable for other users
 
 
 def _existing(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {what}; give a file of weights (.safetensors, .pth, .pt or .bin)")
+        raise FileNotFoundError(f"{path} {what}; give a weight file (.safetensors, .pth, .pt or .bin)")
     if path.suffix == ".onnx":
-        raise ValueError(f"{path}: ONNX is written for other programs and not read back; give a file of weights")
+        raise ValueError(f"{path}: ONNX is written for other programs and not read back; give a weight file")
     return path
 
 
 def instead_of_folder(path: Path) -> str:
-    """What to name in place of a folder that holds no run: an exported model in it; "" where there is none.
+    """Completes a message about a folder without a run by an exported model in it; "" if there is none.
 
-    A folder for a library says which pixel statistics belong to the weights, their file does not.
+    Exports for a library are suggested as a folder, because only the folder contains the pixel statistics.
     """
     described = (path / "config.json").read_text(errors="replace") if (path / "config.json").is_file() else ""
     for key, source in {"model_type": f"hf:{path}", "architecture": f"timm:local-dir:{path}"}.items():
@@ -150,22 +151,22 @@ def _damaged(path: Path, reason: str) -> ValueError:
 
 def _read_torch(path: Path) -> Any:
     try:
-        # DINO and iBOT keep their command line in the checkpoint, a Namespace: attributes and nothing else.
+        # Checkpoints of DINO and iBOT contain their command line as a Namespace, which only has attributes.
         with read_errors_named(path), torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what damaged bytes make of the reader: nearly every kind
-        # In a zip file that was cut off torch looks for a place before its beginning, which the system calls invalid.
+    except Exception as error:  # damaged bytes may raise nearly anything
+        # In a truncated zip file torch seeks to a position before the start, which fails with EINVAL.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         text = str(error)
         refused = re.search(r"(?:GLOBAL|global:?|class|function) (\w+(?:\.\w+)+)", text)
         if refused and _is_named(path, refused[1]):
             raise ValueError(
-                f"{path} was refused: it holds more than tensors, and reading it would call {refused[1]}, that is run "
-                "code that came with the file. If you trust who made it, load it there and save the bare state dict: "
-                "torch.save(model.state_dict(), 'weights.pth')"
+                f"{path} was refused: it contains more than tensors, and loading it would call {refused[1]}, which "
+                "means running code from the file. If you trust its author, load it yourself and save the bare state "
+                "dict: torch.save(model.state_dict(), 'weights.pth')"
             ) from None
-        # torch begins with the advice to read the file without this care, and ends with the reason.
+        # torch's message starts with advice to load the file unsafely, and ends with the reason.
         reason = re.sub(r"(?s).*WeightsUnpickler error: ", "", text).strip() or type(error).__name__
         if isinstance(error, OSError):
             reason = "its end is missing"
@@ -173,10 +174,10 @@ def _read_torch(path: Path) -> Any:
 
 
 def _is_named(path: Path, called: str) -> bool:
-    """Whether a file names this function; one that was cut off within a name may seem to name another."""
+    """Whether a file really refers to this function; a file that was cut off inside a name may seem to."""
     if zipfile.is_zipfile(path):
-        return True  # whole: its table is at its end
-    with suppress(ValueError), path.open("rb") as file:  # raised where no more pickles follow
+        return True  # it is complete, because its directory is at the end
+    with suppress(ValueError), path.open("rb") as file:  # genops raises it after the last pickle
         while True:
             for code, argument, _ in pickletools.genops(file):
                 if code.name == "GLOBAL" and argument.replace(" ", ".") == called:
@@ -185,24 +186,24 @@ def _is_named(path: Path, called: str) -> bool:
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a .safetensors file, and the byte where the tensors begin."""
+    """Reads the header of a .safetensors file, and the offset of the first tensor."""
     size = path.stat().st_size
     with read_errors_named(path), path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-            raise _damaged(path, f"its first 8 bytes promise a header of {length} bytes, and it has {size} in all")
+            raise _damaged(path, f"its first 8 bytes announce a header of {length} bytes, but the file has {size}")
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError):
             raise _damaged(path, "its header is not JSON") from None
     if not isinstance(header, dict) or not isinstance(header.get(METADATA) or {}, dict):
-        raise _damaged(path, "its header is no table of tensors")
+        raise _damaged(path, "its header is not a table of tensors")
     return header, 8 + length
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     header, start = _read_header(path)
-    with path.open("rb") as file:  # torch.from_file takes no name that is not UTF-8
+    with path.open("rb") as file:  # torch.from_file refuses paths that are not UTF-8
         raw = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)[start:]
     num_bytes = len(raw)
     tensors = {}

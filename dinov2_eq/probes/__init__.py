@@ -1,1 +1,1 @@
-"""What frozen features know: algorithms on tensors, without files and without config."""
+"""Algorithms that measure frozen features; they work on tensors, without files and config."""

@@ -1,4 +1,4 @@
-"""Accuracy from counts by class, which add up over batches and processes."""
+"""Classification accuracy from counts per class, which can be summed over batches and processes."""
 
 from typing import Any, NamedTuple
 
@@ -8,42 +8,42 @@ from torch import Tensor
 from dinov2_eq.distributed import all_reduce_sum
 
 METRICS = ("mean_accuracy", "mean_per_class_accuracy", "per_class_accuracy")
-MAX_SCORES = 2**26  # in memory at a time
+MAX_SCORES = 2**26  # scores of one chunk: 256 MiB in float32, and about as much again for the ranking
 
 
 class ClassHits(NamedTuple):
-    """How often classifiers are right, by class; on the CPU."""
+    """Counts of correct predictions of H classifiers, by class; on the CPU."""
 
     top1: Tensor  # [H, C] float64: images whose label gets the highest score of classifier h
     top5: Tensor  # [H, C]: the label is among the five highest
     total: Tensor  # [C]: images of the class
 
     def summed(self) -> "ClassHits":
-        """The counts of all processes together; all of them call it."""
+        """Sums the counts over all processes, which must all call it."""
         return ClassHits(*(all_reduce_sum(count) for count in self))
 
     def summary(self, classifier: int, metric: str) -> dict[str, Any]:
-        """Per cent, {"top1": ..., "top5": ...} by name of the metric; top5 is left out below 5 classes.
+        """Accuracies in per cent by metric, each {"top1": ..., "top5": ...}; with fewer than 5 classes without top5.
 
-        mean_accuracy is over images, mean_per_class_accuracy over classes that have images. Where `metric` is
-        per_class_accuracy, the accuracies of the classes (None: no images) are there too.
+        mean_accuracy is over images, mean_per_class_accuracy over classes that have images. If `metric` is
+        per_class_accuracy, the accuracy of each class is included (None: a class without images).
         """
-        found: dict[str, Any] = {name: {} for name in METRICS if name != "per_class_accuracy" or name == metric}
+        accuracies: dict[str, Any] = {name: {} for name in METRICS if name != "per_class_accuracy" or name == metric}
         present = self.total > 0
         for name, hits in (("top1", self.top1[classifier]), ("top5", self.top5[classifier])):
             if name == "top5" and len(self.total) < 5:
                 continue
             by_class = 100 * hits / self.total  # NaN without images
-            found["mean_accuracy"][name] = (100 * hits.sum() / self.total.sum()).item()
-            found["mean_per_class_accuracy"][name] = by_class[present].mean().item()
+            accuracies["mean_accuracy"][name] = (100 * hits.sum() / self.total.sum()).item()
+            accuracies["mean_per_class_accuracy"][name] = by_class[present].mean().item()
             if metric == "per_class_accuracy":
-                found[metric][name] = [
+                accuracies[metric][name] = [
                     value if there else None for value, there in zip(by_class.tolist(), present.tolist(), strict=True)
                 ]
-        return found
+        return accuracies
 
     def top1_percent(self, metric: str) -> Tensor:
-        """[H] by which classifiers are compared; per_class_accuracy compares by its mean."""
+        """Top-1 accuracies [H] in per cent, to compare classifiers by; per_class_accuracy compares by the mean."""
         if metric == "mean_accuracy":
             return 100 * self.top1.sum(dim=1) / self.total.sum()
         present = self.total > 0
@@ -51,13 +51,15 @@ class ClassHits(NamedTuple):
 
 
 def count_hits(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor) -> ClassHits:
-    """Scores linear classifiers.
+    """Counts the correct predictions of linear classifiers, on the device of `weight`.
 
-    A classifier whose scores of an image are NaN or infinite is wrong about it.
+    If its scores for an image are NaN or infinite, a classifier counts as wrong.
 
     Args:
-        weight: [H, C, D] and bias [H, C] of H classifiers.
-        features: [n, D] and labels [n] int64, which may be empty; computed on the device of `weight`.
+        weight: [H, C, D], of H classifiers.
+        bias: [H, C].
+        features: [n, D]; n may be 0.
+        labels: [n] int64.
     """
     num_heads, num_classes, _ = weight.shape
     top1, top5 = torch.zeros(2, num_classes, num_heads, dtype=torch.float64, device=weight.device)

@@ -1,4 +1,4 @@
-"""Frozen features of images."""
+"""Computes frozen features of images."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -21,12 +21,12 @@ def pooled_features(
     mode: str = "cls",
     half_precision: bool = False,
 ) -> Tensor:
-    """One feature vector for each image, from the last block after the final norm.
+    """Computes one feature vector per image, from the last block after the final norm.
 
     Args:
         backbone: a `DinoVisionTransformer` in eval mode, on the images' device.
         images: [B, 3, H, W] in [0, 1], not normalised.
-        mean, std: pixel statistics the backbone was trained with.
+        mean, std: pixel statistics that the backbone was trained with.
         mode: "cls", the class token; "mean", the mean of the patch tokens; "both", the two concatenated.
         half_precision: run the backbone under bfloat16 autocast.
 
@@ -55,14 +55,14 @@ def block_features(
     num_blocks: int,
     half_precision: bool = False,
 ) -> Tensor:
-    """What DINOv2's linear heads read, after the final norm: class tokens of the last blocks, and the mean patch token.
+    """Computes the input of DINOv2's linear heads, after the final norm.
 
     Args:
         num_blocks: n, at least 1; the other arguments are those of `pooled_features`.
 
     Returns:
-        [B, (n + 1) * D] float32: the class tokens of the last n blocks in the order of depth, then the mean of the
-        patch tokens of the last.
+        [B, (n + 1) * D] float32: the class tokens of the last n blocks, in order of depth, then the mean of the patch
+        tokens of the last block.
 
     Raises:
         ValueError: the backbone has fewer than n blocks, or they differ in width, as the stages of a ResNet do.
@@ -84,23 +84,23 @@ def _normalized(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 def encode_batches(encode: Callable[[Tensor], Tensor], batches: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Features [N, D] of batches of images, on the CPU.
+    """Encodes batches of images; returns features [N, D] on the CPU.
 
     Args:
         encode: [B, 3, H, W] in [0, 1] on `device` -> [B, D].
-        batches: images [B, 3, H, W] as `to_unit_range` takes them.
+        batches: images [B, 3, H, W] in a form that `to_unit_range` accepts.
 
     Raises:
         ValueError: no images.
     """
     features = [encode(to_unit_range(images, device)).cpu() for images in batches]
     if not features:
-        raise ValueError("There are no images to compute features of; the dataset, or its chosen part, is empty.")
+        raise ValueError("There are no images to compute features of: the dataset, or the chosen part of it, is empty.")
     return torch.cat(features)
 
 
 def to_unit_range(images: Tensor, device: torch.device) -> Tensor:
-    """Images on `device`, float in [0, 1]; uint8 is divided by 255 there."""
+    """Moves images to `device` as floats in [0, 1]; uint8 is divided by 255 there."""
     images = images.to(device, non_blocking=True)
     return images if images.is_floating_point() else images.float() / 255
 
@@ -113,13 +113,13 @@ def encode_together(
     *,
     gather: bool = True,
 ) -> Tensor:
-    """`encode_batches` of many images by all processes, each of which computes as many as any other.
+    """Encodes many images on all processes, each of which encodes the same number; see `encode_batches`.
 
     Args:
-        make_batches: from indices to batches of their images, in order.
+        make_batches: maps indices to batches of their images, in order.
         indices: [N] of the images, the same in all processes.
-        gather: every process gets the rows of all images, in the order of `indices`; otherwise those of its own share,
-            see `own_share`.
+        gather: return the features of all images, in the order of `indices`, to every process; otherwise each gets
+            those of its own share, see `own_share`.
 
     Raises:
         ValueError: no images, or features that are NaN or infinite.
@@ -138,16 +138,16 @@ def even_share(num_images: int) -> np.ndarray:
 
 
 def own_share(num_images: int) -> slice:
-    """Which of so many images are this process's; the last processes may have fewer, or none."""
+    """The part of `num_images` images that this process handles; the last processes may have fewer, or none."""
     share = -(-num_images // get_world_size())
     return slice(get_rank() * share, (get_rank() + 1) * share)
 
 
 def require_finite(features: Tensor) -> None:
-    """Raises ValueError where any image's features, [N, D], are NaN or infinite."""
+    """Raises ValueError if the features [N, D] of any image are NaN or infinite."""
     num_broken = int((~features.isfinite().all(dim=1)).sum())
     if num_broken:
         raise ValueError(
             f"The features of {num_broken} of {len(features)} images are NaN or infinite: the encoder is broken, "
-            "or it was not trained for this pixel range. Take an earlier checkpoint."
+            "or it was not trained for this pixel range. Use an earlier checkpoint."
         )

@@ -9,19 +9,19 @@ from dinov2_eq.distributed import all_reduce_sum
 from dinov2_eq.probes.cosine import nearest_neighbours
 from dinov2_eq.probes.features import own_share
 
-MAX_VOTES = 2**25  # in memory at a time, for each k: 256 MiB
+MAX_VOTES = 2**25  # scores of one chunk, for each k: 256 MiB in float64
 
 
 def knn_predict(
     train_features: Tensor, train_labels: Tensor, val_features: Tensor, ks: Sequence[int], temperature: float = 0.07
 ) -> Iterator[dict[int, Tensor]]:
-    """Votes of the k nearest training images, for a chunk of the test images at a time.
+    """Yields the votes of the k nearest training images, for one chunk of test images at a time.
 
     With s_j the cosine similarities of the max(ks) nearest images, and w their softmax at the temperature:
 
         score(class) = sum of w_j over the k nearest images j with that label
 
-    Distances, weights and scores are float64 and exact for features that are nearly alike; see `probes.cosine`.
+    Distances, weights and scores are float64, and exact even if features are nearly alike; see `probes.cosine`.
 
     Args:
         train_features: [N, D]; everything is computed on their device.
@@ -39,13 +39,13 @@ def knn_predict(
     wrong = [k for k in ks if not 1 <= k <= num_train]
     if wrong or not ks:
         raise ValueError(
-            f"k-NN with k = {', '.join(map(str, wrong)) or 'nothing'} cannot vote among {num_train} training images; "
+            f"k-NN with k = {', '.join(map(str, wrong)) or 'nothing'} is impossible with {num_train} training images; "
             f"k must be in 1 .. {num_train}. Choose a smaller k, or more training images."
         )
     labels = train_labels.to(train_features.device)
     num_classes = int(labels.max()) + 1
     distances, indices = nearest_neighbours(val_features, train_features, max(ks))  # [M, max_k]
-    weights = (-distances / temperature).softmax(dim=1)  # those of s_j = 1 - distance: softmax ignores what all share
+    weights = (-distances / temperature).softmax(dim=1)  # equals that of s_j = 1 - distance: softmax ignores shifts
     chunk = max(1, MAX_VOTES // num_classes)
     for votes, some_weights in zip(labels[indices].split(chunk), weights.split(chunk), strict=True):
         empty = weights.new_zeros(len(votes), num_classes)
@@ -60,11 +60,11 @@ def knn_accuracy(
     ks: Sequence[int],
     temperature: float = 0.07,
 ) -> dict[int, dict[str, float]]:
-    """Accuracies in per cent, {k: {"top1": ..., "top5": ...}}; top5 is left out below 5 classes.
+    """Accuracies in per cent, {k: {"top1": ..., "top5": ...}}; with fewer than 5 classes without top5.
 
-    Arguments and errors are those of `knn_predict`. All processes call it with the same, and each scores its share of
-    the test images. A class for which nobody voted is no answer: it does not count
-    as one of the five, so with few neighbours top5 has fewer than five guesses.
+    Arguments and errors are those of `knn_predict`. All processes call it with the same arguments, and each scores its
+    share of the test images. A class without votes does not count as one of the five guesses, so with few neighbours
+    top5 has fewer than five.
     """
     correct = {k: torch.zeros(5, dtype=torch.float64) for k in ks}  # by place in the ranking
     own = own_share(len(val_features))

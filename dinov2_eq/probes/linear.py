@@ -1,4 +1,4 @@
-"""Linear classification of frozen features as DINOv2 does it: a grid of heads, all trained together in one pass."""
+"""Linear classification of frozen features as in DINOv2: a grid of heads that are trained together in one pass."""
 
 import math
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from dinov2_eq.probes.accuracy import ClassHits, count_hits
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 NUM_BLOCKS = (1, 4)
-REFERENCE_BATCH = 256  # a learning rate is for a global batch of this size
+REFERENCE_BATCH = 256  # learning rates are given for a global batch of this size
 INITIAL_STD = 0.01
 MOMENTUM = 0.9
 
 
 class HeadSpec(NamedTuple):
-    """What tells a head from the others of the grid."""
+    """Identifies a head of the grid by its input and its learning rate."""
 
-    num_blocks: int  # class tokens of so many of the last blocks
-    avgpool: bool  # and the mean patch token of the last
+    num_blocks: int  # how many of the last blocks give their class token
+    avgpool: bool  # whether the mean patch token of the last block is added
     learning_rate: float  # for a batch of `REFERENCE_BATCH` images
 
     @property
@@ -34,8 +34,8 @@ class HeadSpec(NamedTuple):
 class HeadGrid(nn.Module):
     """Linear heads for each number of blocks, with and without the mean patch token, at each learning rate.
 
-    Heads that read the same input are one matrix. They start from the same weights, drawn from N(0, 0.01) with `seed`,
-    whatever other heads the grid has.
+    Heads that read the same input share one weight tensor. They start from equal weights, drawn from N(0, 0.01) with
+    `seed`, which do not depend on the other heads of the grid.
 
     Args:
         embed_dim: D of the backbone.
@@ -63,7 +63,7 @@ class HeadGrid(nn.Module):
             self.biases.append(nn.Parameter(torch.zeros(len(self.rates), num_classes)))
 
     def columns(self, num_blocks: int, avgpool: bool) -> slice:
-        """Where `block_features` of the last `max_blocks` blocks hold an input: their order makes it one piece."""
+        """Columns of `block_features` of the last `max_blocks` blocks that a head reads; they are contiguous."""
         return slice((self.max_blocks - num_blocks) * self.embed_dim, (self.max_blocks + avgpool) * self.embed_dim)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -75,19 +75,19 @@ class HeadGrid(nn.Module):
         return torch.cat(scores, dim=1)
 
     @torch.no_grad()
-    def count_hits(self, features: Tensor, labels: Tensor, classes: Tensor | None = None) -> ClassHits:
-        """Scores all heads, in the order of `specs`; see `probes.accuracy.count_hits`.
+    def score(self, features: Tensor, labels: Tensor, classes: Tensor | None = None) -> ClassHits:
+        """Counts the correct predictions of all heads, in the order of `specs`; see `count_hits`.
 
         Args:
-            classes: [M] int64, those that answers are chosen from; `labels` and the counts then go by places in it.
+            classes: [M] int64, the only classes to choose from; `labels` and the counts then use indices into it.
         """
         chosen = slice(None) if classes is None else classes
-        found = [
+        by_input = [
             count_hits(weight[:, chosen], bias[:, chosen], features[:, self.columns(*input)], labels)
             for input, weight, bias in zip(self.inputs, self.weights, self.biases, strict=True)
         ]
         return ClassHits(
-            torch.cat([hits.top1 for hits in found]), torch.cat([hits.top5 for hits in found]), found[0].total
+            torch.cat([hits.top1 for hits in by_input]), torch.cat([hits.top5 for hits in by_input]), by_input[0].total
         )
 
     @torch.no_grad()
@@ -98,13 +98,13 @@ class HeadGrid(nn.Module):
 
 
 class GridTraining:
-    """SGD with momentum for all heads of a grid, on the sum of their losses; each rate falls to 0 along a cosine.
+    """Trains all heads of a grid with SGD and momentum on the sum of their losses; each rate decays to 0 as a cosine.
 
-    With several processes all of them make one and call `update` together, each with its part of the batch.
+    With several processes, all of them construct one and call `update` together, each with its part of the batch.
 
     Args:
-        global_batch_size: images of one update over all processes.
-        num_steps: updates in all.
+        global_batch_size: images per update, over all processes.
+        num_steps: total number of updates.
     """
 
     def __init__(self, grid: HeadGrid, global_batch_size: int, num_steps: int) -> None:
@@ -112,13 +112,18 @@ class GridTraining:
         self.num_steps = num_steps
         self.step = 0  # updates done
         self._model = DistributedDataParallel(grid) if is_distributed() else grid
-        # Descending a head's loss times its rate, at rate 1, is descending its loss at its rate, momentum included.
+        # Scaling a head's loss by its rate and using rate 1 is the same as using its rate, with momentum too.
         rates = torch.tensor([spec.learning_rate for spec in grid.specs]) * global_batch_size / REFERENCE_BATCH
         self._rates = rates.to(grid.weights[0].device)
         self._optimizer = torch.optim.SGD(grid.parameters(), lr=1.0, momentum=MOMENTUM, weight_decay=0)
 
     def update(self, features: Tensor, labels: Tensor) -> None:
-        """One step; features [B, (max_blocks + 1) * D], see `block_features`, and labels [B] on the grid's device."""
+        """Makes one step.
+
+        Args:
+            features: [B, (max_blocks + 1) * D], see `block_features`.
+            labels: [B] int64, on the device of the grid.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = (1 + math.cos(math.pi * self.step / self.num_steps)) / 2
         scores = self._model(features)  # [B, H, C]
@@ -138,7 +143,7 @@ class GridTraining:
         }
 
     def load_heads(self, state: dict[str, Any]) -> None:
-        """Heads out of a `state_dict`, to be scored as they are."""
+        """Loads the heads from a `state_dict`, for scoring without further training."""
         self.step, self.num_steps = state["step"], state["num_steps"]
         self.grid.load_state_dict(state["heads"])
 

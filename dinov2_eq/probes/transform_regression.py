@@ -1,14 +1,16 @@
-"""How well frozen features tell which transform took an image I to g(I).
+"""Measures how well frozen features predict the transform that took an image I to g(I).
 
 A small head reads the features of both images and regresses the parameters of g; the score is R2 on held-out images.
-The protocol is that of arXiv 2503.18753 (table 1), in the details it leaves open that of SIE (arXiv 2302.10283).
+The protocol follows arXiv 2503.18753 (table 1), and SIE (arXiv 2302.10283) for details that it leaves open.
 """
 
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import r2_score
 from torch import Tensor, nn
 
 HEADS = ("mlp", "linear")
@@ -17,38 +19,38 @@ LEARNING_RATE = 1e-3
 
 
 class R2Scores(NamedTuple):
-    pooled: float  # all components together, around one mean for all: SIE's definition
+    """Coefficients of determination, 1 - residual / total sum of squares."""
+
+    pooled: float  # all components together, around one common mean (SIE's definition)
     mean: float  # mean of `components`
-    components: list[float]  # each around its own mean: predicting the mean scores 0
+    components: list[float]  # each around its own mean, so that predicting the mean scores 0
 
 
 def r2_scores(predicted: Tensor, target: Tensor) -> R2Scores:
-    """R2 = 1 - RSS / TSS; predicted and target are [N, P].
+    """Scores predictions [N, A] of A parameters against their targets [N, A].
 
-    Where the components have different means, a constant prediction already gets a positive pooled R2; `mean` is safe
-    from that.
+    If the components have different means, even a constant prediction gets a positive pooled R2, but not a positive
+    mean R2.
 
     Raises:
         ValueError: a component of the target does not vary.
     """
-    predicted, target = predicted.double(), target.double()
-    residual = (target - predicted).square()  # [N, P]
-    total = (target - target.mean(dim=0)).square().sum(dim=0)  # [P]
-    if (total == 0).any():
-        raise ValueError(f"R2 needs targets that vary; the sums of squares of the components are {total.tolist()}.")
-    components = 1 - residual.sum(dim=0) / total
-    pooled = 1 - residual.sum() / (target - target.mean()).square().sum()
-    return R2Scores(pooled.item(), components.mean().item(), components.tolist())
+    predictions, targets = (values.double().cpu().numpy() for values in (predicted, target))
+    ranges = np.ptp(targets, axis=0)
+    if not ranges.all():  # scikit-learn would score 0 or 1
+        raise ValueError(f"R2 needs targets that vary; the ranges of the components are {ranges.tolist()}.")
+    components = r2_score(targets, predictions, multioutput="raw_values")
+    return R2Scores(r2_score(targets.ravel(), predictions.ravel()), components.mean().item(), components.tolist())
 
 
 def scale_targets(theta: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Parameters [N, P] in the ranges [low, high], both [P], mapped to [-1, 1] component by component.
+    """Maps parameters [N, A] from the ranges [low, high], both [A], to [-1, 1].
 
     Raises:
         ValueError: an empty range.
     """
     if not (high > low).all():
-        raise ValueError(f"Nothing to regress: a range is empty (low {low.tolist()}, high {high.tolist()}).")
+        raise ValueError(f"There is nothing to regress: a range is empty (low {low.tolist()}, high {high.tolist()}).")
     return (theta - (low + high) / 2) / ((high - low) / 2)
 
 
@@ -62,19 +64,19 @@ def regress_transform(
     hidden_dim: int = 1024,
     epochs: int = 50,
 ) -> Tensor:
-    """Trains a head on pairs and returns its predictions for the held-out pairs, after the last epoch.
+    """Trains a head on pairs, on their device, and returns its predictions for the held-out pairs.
 
-    The inputs are z-scored with the training statistics, in float64, however little they vary; Adam at a constant rate
-    minimises the mean squared error. Everything random comes from `seed`.
+    The inputs are z-scored with the training statistics, see `z_scored`. Adam with a constant learning rate minimises
+    the mean squared error. All randomness comes from `seed`.
 
     Args:
-        train_pairs: [N, 2D] features of I and of g(I), concatenated; computed on their device.
-        train_targets: [N, P], see `scale_targets`.
+        train_pairs: [N, 2D] features of I and of g(I), concatenated.
+        train_targets: [N, A], see `scale_targets`.
         val_pairs: [M, 2D].
-        head: "mlp", 2D -> hidden_dim -> hidden_dim -> P with ReLU; or "linear".
+        head: "mlp" (2D -> hidden_dim -> hidden_dim -> A with ReLU) or "linear".
 
     Returns:
-        [M, P] on the device of the pairs.
+        [M, A] on the device of the pairs.
     """
     generator = torch.Generator().manual_seed(seed)
     device, targets = train_pairs.device, train_targets.float().to(train_pairs.device)
@@ -92,10 +94,9 @@ def regress_transform(
 
 
 def z_scored(train: Tensor, *others: Tensor) -> list[Tensor]:
-    """`train` [N, D] and others [M, D] in float64, each column with mean 0 and standard deviation 1 over `train`.
+    """Scales `train` [N, D] and others [M, D] so that each column has mean 0 and standard deviation 1 over `train`.
 
-    Float64, because columns that hardly vary would lose what they tell. A column that is the same in all rows of
-    `train` is only shifted.
+    In float64, so that columns that hardly vary keep their information. A constant column of `train` is only shifted.
     """
     std, mean = torch.std_mean(train.double(), dim=0)
     std = torch.where(train.amax(dim=0) > train.amin(dim=0), std, 1.0)
@@ -103,7 +104,7 @@ def z_scored(train: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 def build_head(head: str, in_dim: int, hidden_dim: int, out_dim: int, generator: torch.Generator) -> nn.Sequential:
-    """The regression head, with torch's default initialisation drawn from `generator`.
+    """Builds the regression head, with torch's default initialisation drawn from `generator`.
 
     Raises:
         ValueError: unknown head.

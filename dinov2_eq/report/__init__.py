@@ -1,4 +1,4 @@
-"""Self-contained pages: of run folders (`load_runs`, then `render_page`), and of what `eval` measures."""
+"""Self-contained HTML pages about run folders (`load_runs`, then `render_page`) and about results of `eval`."""
 
 from dinov2_eq.report.card import MAX_ENCODERS, render_card
 from dinov2_eq.report.evaluations import render_evaluations

@@ -1,4 +1,4 @@
-"""The report card of encoders: what `dinov2-eq eval equivariance --card` found, as one page."""
+"""Renders the results of `dinov2-eq eval equivariance --card` as one page, the report card."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -18,45 +18,45 @@ SHOWN_ANGLES = (0, 45, 90, 180)
 R2 = "R\u00b2"
 
 INTRO = """\
-What frozen features keep of how an image was transformed:
-<a href="#r2">whether the transform can be read from them</a>, <a href="#cosines">how much they change with it</a>,
-<a href="#angles">whether an image and its class are still found when it is turned</a>, and
-<a href="#protocol">how it was measured</a>. Each encoder keeps its letter and colour throughout."""
+What frozen features encode about the transform of an image:
+<a href="#r2">whether the transform can be predicted from them</a>, <a href="#cosines">how much they change</a>,
+<a href="#angles">whether a rotated image and its class are still found</a>, and
+<a href="#protocol">how this was measured</a>. Each encoder has the same letter and colour throughout."""
 
 CLAIMS = {
     "encoders": (
         "The encoders side by side",
-        "Means are over rotation, translation, colour and blur. Two encoders differ where their numbers do by well "
-        "more than the spread, which is that of the probe's seeds alone: another training of the same encoder, or "
-        "other images, may move a number further.",
+        "Means are over rotation, translation, colour and blur. Only read differences that are much larger than the "
+        "spread, which comes from the probe's seeds alone: training the same encoder again, or using other images, "
+        "may change a number further.",
     ),
     "r2": (
-        "Reading the transform from the features",
+        "Predicting the transform from the features",
         "A probe on the features of an image and of its transformed copy predicts the parameters of the transform: "
-        "R\u00b2 = 1 is perfect, 0 no better than a constant. Trust the full bars (<em>none</em>, <em>canvas</em>): "
-        "all pixels are real. Of the faint bars, <em>masked</em> shows only a disc that no border reaches, and "
-        "<em>zeros</em> the black corners, which give angle and shift away even to an untrained network. A flip is a "
-        "target of -1 or 1.",
+        "R\u00b2 = 1 is perfect, 0 no better than a constant. Trust the solid bars (<em>none</em>, <em>canvas</em>): "
+        "all pixels are real. Of the faint bars, <em>masked</em> only shows a disc that no border reaches, and "
+        "<em>zeros</em> includes the black corners, which reveal angle and shift even to an untrained network. A flip "
+        "is a target of -1 or 1.",
     ),
     "cosines": (
         "How much the features change",
-        "Mean cosine similarity of the features of an image and of its transformed copy: 1 is blind to the transform. "
-        "The tick is the mean between <em>different</em> images: a bar that ends there says that the transform moves "
-        "the features as far as another image would. Read the gap between the two, not the bar alone: the features of "
-        "some encoders all point much the same way.",
+        "Mean cosine similarity between the features of an image and of its transformed copy: at 1 the features ignore "
+        "the transform. The tick is the mean between <em>different</em> images: if a bar ends there, the transform "
+        "changes the features as much as another image would. Read the gap between the two, not the bar alone, because "
+        "the features of some encoders all point in nearly the same direction.",
     ),
     "angles": (
-        "Turned all the way round",
-        "Held-out images turned by 0\u00b0 to 345\u00b0, training images upright; all are cut to a disc first, so that "
-        "only the content turns and no corner tells the angle. k-NN asks for the class, retrieval whether the nearest "
-        "of all upright held-out images is the image itself. Dashed: chance. At multiples of 90\u00b0 nothing is "
-        "interpolated; part of the peaks there is that sharpness.",
+        "Rotation by all angles",
+        "Held-out images are rotated by 0\u00b0 to 345\u00b0, training images are upright. All are cut to a disc, "
+        "so that only the content rotates and no corner reveals the angle. k-NN predicts the class; retrieval counts "
+        "how often the nearest of all upright held-out images is the image itself. Dashed: chance. At multiples of "
+        "90\u00b0 nothing is interpolated; the peaks there are partly due to this sharpness.",
     ),
-    "protocol": ("How it was measured", "Everything that the numbers depend on, as it is in the results file."),
+    "protocol": ("How it was measured", "Everything that the numbers depend on, as in the results file."),
 }
 
 
-class Entry(NamedTuple):
+class ShownEncoder(NamedTuple):
     """An encoder on the page."""
 
     name: str
@@ -66,13 +66,13 @@ class Entry(NamedTuple):
 
 
 def render_card(results: Mapping[str, Any]) -> str:
-    """One HTML page that needs no other file and no network.
+    """Renders one HTML page that needs no other file and no network.
 
     Args:
-        results: of `dinov2-eq eval equivariance --card`, as in its JSON file.
+        results: the content of the JSON file of `dinov2-eq eval equivariance --card`.
     """
     entries = [
-        Entry(name, chr(ord("A") + i), COLORS[i], description)
+        ShownEncoder(name, chr(ord("A") + i), COLORS[i], description)
         for i, (name, description) in enumerate(results["encoders"].items())
     ]
     bodies = {
@@ -94,14 +94,14 @@ def render_card(results: Mapping[str, Any]) -> str:
     )
 
 
-def _encoders(entries: Sequence[Entry], results: Mapping[str, Any]) -> str:
+def _encoders(entries: Sequence[ShownEncoder], results: Mapping[str, Any]) -> str:
     facts = {
-        "source": lambda found: escape(str(found["source"])),
-        "step": lambda found: ABSENT if found["step"] is None else f"{found['step']:,}",
-        "parameters": lambda found: f"{found['parameters'] / 1e6:.1f} M",
-        "features": lambda found: f"{found['embed_dim']} in each of two tokens",
-        "image and patch": lambda found: f"{found['image_size']} and {found['patch_size']} px",
-        "loaded": lambda found: f"{found['loaded_tensors']} tensors" if found["loaded_tensors"] else "none: untrained",
+        "source": lambda about: escape(str(about["source"])),
+        "step": lambda about: ABSENT if about["step"] is None else f"{about['step']:,}",
+        "parameters": lambda about: f"{about['parameters'] / 1e6:.1f} M",
+        "features": lambda about: f"{about['embed_dim']} in each of two tokens",
+        "image and patch": lambda about: f"{about['image_size']} and {about['patch_size']} px",
+        "loaded": lambda about: f"{about['loaded_tensors']} tensors" if about["loaded_tensors"] else "none: untrained",
     }
     rows = [
         labelled_row(label, [write(entry.description) for entry in entries], "setting")
@@ -109,9 +109,9 @@ def _encoders(entries: Sequence[Entry], results: Mapping[str, Any]) -> str:
     ]
     rows.append(f'<tr class="group"><th colspan="{len(entries) + 1}" scope="colgroup">Results</th></tr>')
     for name, border in MEANS.items():
-        found = _by_encoder(row for row in results["summary"] if row["name"] == name)
-        if found:
-            rows.append(labelled_row(f"mean {R2}, {border}", [_with_spread(found.get(e.name)) for e in entries]))
+        row_of = _by_encoder(row for row in results["summary"] if row["name"] == name)
+        if row_of:
+            rows.append(labelled_row(f"mean {R2}, {border}", [_with_spread(row_of.get(e.name)) for e in entries]))
     tokens = _headline(results)[0]
     curves = _by_encoder(row for row in results["angles"]["curves"] if row["tokens"] == tokens)
     angles = results["angles"]["angles_deg"]
@@ -123,7 +123,7 @@ def _encoders(entries: Sequence[Entry], results: Mapping[str, Any]) -> str:
     return table(_columns(entries), rows, "runs") + f"<p><small>Features: {TOKENS[tokens]}.</small></p>"
 
 
-def _r2(entries: Sequence[Entry], results: Mapping[str, Any]) -> str:
+def _r2(entries: Sequence[ShownEncoder], results: Mapping[str, Any]) -> str:
     tokens, head = _headline(results)
     parts = [f"<p>Shown: {TOKENS[tokens]}, {escape(head)} head.</p>"]
     parts.append(panels([_r2_figure(entries, results["rows"], task) for task in _tasks(results["rows"])]))
@@ -140,12 +140,12 @@ def _r2(entries: Sequence[Entry], results: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def _r2_figure(entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]], task: str) -> str:
+def _r2_figure(entries: Sequence[ShownEncoder], rows: Sequence[Mapping[str, Any]], task: str) -> str:
     bars = []
     for border in BORDERS:
-        found = _by_encoder(row for row in rows if (row["task"], row["border"]) == (task, border))
+        row_of = _by_encoder(row for row in rows if (row["task"], row["border"]) == (task, border))
         for entry in entries:
-            if row := found.get(entry.name):
+            if row := row_of.get(entry.name):
                 spread = row.get("r2_pooled_std", 0.0)
                 faint = border in FAINT_BORDERS
                 bars.append(Bar(border, entry.letter, entry.color, row["r2_pooled"], None, faint, spread))
@@ -153,45 +153,45 @@ def _r2_figure(entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]], task
     return figure(bar_panel(bars), f"R squared of {_words(task)}: {spoken}", _as_title(_words(task)), "")
 
 
-def _r2_table(entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each task and border."""
+def _r2_table(entries: Sequence[ShownEncoder], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Table with a row for each task and border."""
     lines = []
     for task, border in _settings(rows):
-        found = _by_encoder(row for row in rows if (row["task"], row["border"]) == (task, border))
-        lines.append(labelled_row(f"{_words(task)}, {border}", [_with_spread(found.get(e.name)) for e in entries]))
+        row_of = _by_encoder(row for row in rows if (row["task"], row["border"]) == (task, border))
+        lines.append(labelled_row(f"{_words(task)}, {border}", [_with_spread(row_of.get(e.name)) for e in entries]))
     return table(_columns(entries, f"{R2}, pooled"), lines)
 
 
-def _component_table(entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each parameter of each task and border."""
+def _component_table(entries: Sequence[ShownEncoder], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Table with a row for each parameter of each task and border."""
     lines = []
     for task, border in _settings(rows):
-        found = _by_encoder(row for row in rows if (row["task"], row["border"]) == (task, border))
-        for component in next(iter(found.values()))["r2_components"]:
-            values = [f"{found[entry.name]['r2_components'][component]:.3f}" for entry in entries]
+        row_of = _by_encoder(row for row in rows if (row["task"], row["border"]) == (task, border))
+        for component in next(iter(row_of.values()))["r2_components"]:
+            values = [f"{row_of[entry.name]['r2_components'][component]:.3f}" for entry in entries]
             lines.append(labelled_row(f"{_words(task)}, {border}: {component}", values))
     return table(_columns(entries, f"{R2} of one parameter"), lines)
 
 
-def _means_table(entries: Sequence[Entry], means: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each choice of tokens and head, and each mean."""
+def _means_table(entries: Sequence[ShownEncoder], means: Sequence[Mapping[str, Any]]) -> str:
+    """Table with a row for each choice of tokens and head, and each mean."""
     lines = []
     for kind in dict.fromkeys((row["tokens"], row["head"]) for row in means):
         for name, border in MEANS.items():
-            found = _by_encoder(row for row in means if (row["tokens"], row["head"], row["name"]) == (*kind, name))
+            row_of = _by_encoder(row for row in means if (row["tokens"], row["head"], row["name"]) == (*kind, name))
             label = f"{TOKENS[kind[0]]}, {kind[1]}, {border}"
-            lines.append(labelled_row(label, [_with_spread(found[entry.name]) for entry in entries]))
+            lines.append(labelled_row(label, [_with_spread(row_of[entry.name]) for entry in entries]))
     return table(_columns(entries, f"mean {R2} of four tasks"), lines)
 
 
-def _cosines(entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]]) -> str:
+def _cosines(entries: Sequence[ShownEncoder], rows: Sequence[Mapping[str, Any]]) -> str:
     charts, parts = [], []
     for tokens in dict.fromkeys(row["tokens"] for row in rows):
         of_tokens = [row for row in rows if row["tokens"] == tokens]
         bars, lines = [], []
         for task, border in _settings(of_tokens):
-            found = _by_encoder(row for row in of_tokens if (row["task"], row["border"]) == (task, border))
-            pairs = [(entry, found[entry.name]["cosine"], found[entry.name]["cosine_of_others"]) for entry in entries]
+            row_of = _by_encoder(row for row in of_tokens if (row["task"], row["border"]) == (task, border))
+            pairs = [(entry, row_of[entry.name]["cosine"], row_of[entry.name]["cosine_of_others"]) for entry in entries]
             lines.append(
                 labelled_row(f"{_words(task)}, {border}", [f"{same:.3f}\u00a0({o:.3f})" for _, same, o in pairs])
             )
@@ -205,18 +205,18 @@ def _cosines(entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]]) -> str
     return panels(charts) + "".join(parts)
 
 
-def _angles(entries: Sequence[Entry], results: Mapping[str, Any]) -> str:
-    found, parts = results["angles"], []
+def _angles(entries: Sequence[ShownEncoder], results: Mapping[str, Any]) -> str:
+    measured, parts = results["angles"], []
     for key, title in (
-        ("knn_top1", f"k-NN top-1 in %, k = {found.get('k')}"),
+        ("knn_top1", f"k-NN top-1 in %, k = {measured.get('k')}"),
         ("recall_at_1", "Retrieval, recall at 1"),
     ):
-        curves = [curve for curve in found["curves"] if key in curve]
+        curves = [curve for curve in measured["curves"] if key in curve]
         if curves:
             # One scale for all panels of a row.
-            top = 1.05 * max(found[f"{key}_by_chance"], *(value for curve in curves for value in curve[key]))
+            top = 1.05 * max(measured[f"{key}_by_chance"], *(value for curve in curves for value in curve[key]))
             kinds = dict.fromkeys(curve["tokens"] for curve in curves)
-            charts = [_angle_figure(entries, found, key, tokens, title, top) for tokens in kinds]
+            charts = [_angle_figure(entries, measured, key, tokens, title, top) for tokens in kinds]
             parts.append(f"<h3>{title}</h3>{panels(charts)}")
     number = results["protocol"]["num_val_images"]
     parts.append(
@@ -228,13 +228,13 @@ def _angles(entries: Sequence[Entry], results: Mapping[str, Any]) -> str:
 
 
 def _angle_figure(
-    entries: Sequence[Entry], found: Mapping[str, Any], key: str, tokens: str, title: str, top: float
+    entries: Sequence[ShownEncoder], measured: Mapping[str, Any], key: str, tokens: str, title: str, top: float
 ) -> str:
-    curves = _by_encoder(curve for curve in found["curves"] if curve["tokens"] == tokens)
-    angles = np.array(found["angles_deg"])
+    curves = _by_encoder(curve for curve in measured["curves"] if curve["tokens"] == tokens)
+    angles = np.array(measured["angles_deg"])
     lines = [Curve(entry.color, angles, np.array(curves[entry.name][key])) for entry in entries]
-    chart = angle_panel(lines, top, found[f"{key}_by_chance"])
-    places = [found["angles_deg"].index(angle) for angle in SHOWN_ANGLES]
+    chart = angle_panel(lines, top, measured[f"{key}_by_chance"])
+    places = [measured["angles_deg"].index(angle) for angle in SHOWN_ANGLES]
     values = [[f"{curves[entry.name][key][place]:.3g}" for place in places] for entry in entries]
     named = [f"{angle}\u00b0" for angle in SHOWN_ANGLES]
     spoken = "; ".join(
@@ -262,7 +262,7 @@ def _value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _columns(entries: Sequence[Entry], corner: str = "") -> str:
+def _columns(entries: Sequence[ShownEncoder], corner: str = "") -> str:
     return f"<th>{corner}</th>" + "".join(f'<th scope="col">{badge(e)} {escape(e.name)}</th>' for e in entries)
 
 
@@ -279,9 +279,9 @@ def _tasks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _settings(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Tasks and borders, those without a border first."""
-    found = {(row["task"], row["border"]) for row in rows}
-    return [(task, border) for task in _tasks(rows) for border in BORDERS if (task, border) in found]
+    """All pairs of task and border, in the order of `BORDERS`."""
+    present = {(row["task"], row["border"]) for row in rows}
+    return [(task, border) for task in _tasks(rows) for border in BORDERS if (task, border) in present]
 
 
 def _words(task: str) -> str:

@@ -1,4 +1,4 @@
-"""The table of many evaluations as one page: what `dinov2-eq eval all` found."""
+"""Renders the results of `dinov2-eq eval all` as one page with a table."""
 
 from collections.abc import Sequence
 from html import escape
@@ -7,16 +7,16 @@ from dinov2_eq.report.html import labelled_row, page, table
 
 
 def render_evaluations(header: Sequence[str], rows: Sequence[Sequence[str]], problems: Sequence[str]) -> str:
-    """One HTML page that needs no other file and no network.
+    """Renders one HTML page that needs no other file and no network.
 
     Args:
-        header: of the table; the first column names the encoder.
-        rows: as long as the header, one for each encoder.
-        problems: what is missing, and why.
+        header: column titles; the first column names the encoder.
+        rows: one row per encoder, as long as the header.
+        problems: one sentence for each missing result.
     """
     encoders = [name for name, *_ in rows]
     head = f'<th scope="col">{escape(header[0])}</th>' + "".join(f'<th scope="col">{escape(e)}</th>' for e in encoders)
-    # Few encoders and many numbers: a row for each number keeps the page narrow.
+    # There are few encoders and many numbers, so one row per number keeps the page narrow.
     lines = [
         labelled_row(name, [escape(row[column]) for row in rows]) for column, name in enumerate(header[1:], start=1)
     ]

@@ -1,4 +1,4 @@
-"""Charts as SVG and small pictures as PNG, each as a data URI."""
+"""Draws charts as SVG and small pictures as PNG, each as a data URI."""
 
 import base64
 import io
@@ -14,10 +14,10 @@ from PIL import Image
 
 INK, INK_DARK_MODE = "#454b54", "#c3c8d0"
 GRID, GRID_DARK_MODE = "#dcdfe3", "#363b42"
-MAX_POINTS = 300  # of a curve; longer ones are averaged over windows
-MAX_SIDE = 128  # pixels of an embedded picture
+MAX_POINTS = 300  # per curve; longer ones are averaged over windows
+MAX_SIDE = 128  # of an embedded picture, in pixels
 
-# An SVG in an <img> follows the reader's colour scheme only through a style sheet of its own.
+# An SVG in an <img> only follows the reader's colour scheme if it has its own style sheet.
 _DARK_MODE = "".join(
     f'[style*="{prop}: {light}"]{{{prop}:{dark}!important}}'
     for prop in ("fill", "stroke")
@@ -27,23 +27,27 @@ _STYLE = f"<style>@media (prefers-color-scheme: dark){{{_DARK_MODE}}}</style>"
 
 
 class Curve(NamedTuple):
+    """A line of a chart."""
+
     color: str
     steps: np.ndarray  # [n]
     values: np.ndarray  # [n]
 
 
 class Bar(NamedTuple):
-    group: str  # bars of one group stand together under this label
+    """A bar of a chart."""
+
+    group: str  # bars of one group are next to each other under this label
     label: str
     color: str
     value: float
     reference: float | None  # drawn as a tick
     faint: bool
-    spread: float = 0.0  # to each side, drawn as a line
+    spread: float = 0.0  # half length of the error bar
 
 
 def curve_panel(curves: Sequence[Curve]) -> str:
-    """All curves over the step in one panel; returns an SVG data URI."""
+    """Draws curves over the step in one panel; returns an SVG data URI."""
     figure, axes = _panel(height=2.0)
     for curve in curves:
         steps, values = _thinned(curve.steps, curve.values)
@@ -60,7 +64,7 @@ def curve_panel(curves: Sequence[Curve]) -> str:
 
 
 def bar_panel(bars: Sequence[Bar]) -> str:
-    """Horizontal bars from 0 to 1, grouped, each with its value; bars below -0.1 are cut. Returns an SVG data URI."""
+    """Draws grouped horizontal bars with their values; those below -0.1 are cut off. Returns an SVG data URI."""
     positions, ticks, y = [], {}, 0.0
     for i, bar in enumerate(bars):
         y += 1.0 if i == 0 or bars[i - 1].group == bar.group else 1.7
@@ -88,12 +92,12 @@ def bar_panel(bars: Sequence[Bar]) -> str:
 
 
 def angle_panel(curves: Sequence[Curve], top: float, chance: float) -> str:
-    """All curves over the angle of a full turn; returns an SVG data URI.
+    """Draws curves over the angle of a full turn; returns an SVG data URI.
 
     Args:
-        curves: `steps` are the angles in degrees, from 0; the value at 0 is drawn again at 360.
-        top: where the axis ends.
-        chance: drawn as a dashed line.
+        curves: `steps` are the angles in degrees, from 0; the value at 0 is repeated at 360.
+        top: end of the axis.
+        chance: value of the dashed line.
     """
     figure, axes = _panel(height=2.2)
     for curve in curves:
@@ -110,7 +114,7 @@ def angle_panel(curves: Sequence[Curve], top: float, chance: float) -> str:
 
 
 def picture(image: np.ndarray) -> str:
-    """A PNG data URI of an image [H, W, 3 or 4] in uint8, made smaller where a side is longer than `MAX_SIDE`."""
+    """Encodes an image [H, W, 3 or 4] in uint8 as a PNG data URI, shrunk so that no side exceeds `MAX_SIDE`."""
     shrunk = Image.fromarray(image)
     shrunk.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -119,7 +123,7 @@ def picture(image: np.ndarray) -> str:
 
 
 def _panel(height: float) -> tuple[Figure, Axes]:
-    """Width and height in inches; 3.5 inches fill one column of the page and a phone."""
+    """Makes an empty chart, 3.5 inches wide (one column of the page, or a phone) and `height` inches high."""
     figure = Figure(figsize=(3.5, height), layout="constrained")
     axes = figure.subplots()
     figure.patch.set_visible(False)
@@ -132,7 +136,7 @@ def _panel(height: float) -> tuple[Figure, Axes]:
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means over equal windows, so that a long run stays a small file; short curves are left as they are."""
+    """Averages long curves over equal windows, to keep files small; short curves are returned unchanged."""
     if len(steps) <= MAX_POINTS:
         return steps, values
     windows = [np.array_split(array, MAX_POINTS) for array in (steps, values)]
@@ -140,7 +144,7 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def as_svg(figure: Figure) -> str:
-    """A whole SVG file; the same figure gives the same text."""
+    """Renders a figure as an SVG file; the same figure always gives the same text."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "dinov2_eq"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

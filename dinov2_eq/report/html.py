@@ -1,4 +1,4 @@
-"""The few HTML elements that pages are made of, and the page around them."""
+"""The HTML elements of the pages, and the page around them."""
 
 import datetime
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ PAGE = Template("""\
 </header>
 <nav aria-label="$kind">$legend</nav>
 <main>$sections</main>
-<footer>Written on $date by <code>$command</code>. The page holds all it shows and loads nothing.</footer>
+<footer>Written on $date by <code>$command</code>. The page is self-contained and loads nothing.</footer>
 </body>
 </html>
 """)
@@ -37,7 +37,7 @@ SECTION = Template('<section id="$anchor"><h2>$title</h2><p class="claim">$claim
 
 
 class Marked(Protocol):
-    """What keeps a name, a letter and a colour throughout a page."""
+    """A run or encoder, which has the same name, letter and colour throughout a page."""
 
     name: str
     letter: str
@@ -55,15 +55,15 @@ def page(
     bodies: Mapping[str, str],
     command: str,
 ) -> str:
-    """A whole page.
+    """Renders a whole page.
 
     Args:
         title: plain text.
-        kicker, intro, command: HTML: the line above the title, the text below it, and what wrote the page.
-        kind: what `shown` are.
-        shown: for the legend.
-        claims: by anchor: title and first sentences of each section, as HTML.
-        bodies: by anchor: what follows them.
+        kicker, intro, command: HTML for the line above the title, the text below it, and the command in the footer.
+        kind: label of the legend, such as "Runs".
+        shown: entries of the legend.
+        claims: title and first sentences of each section by its anchor, as HTML.
+        bodies: rest of each section by its anchor.
     """
     return PAGE.substitute(
         title=escape(title),
@@ -82,29 +82,33 @@ def page(
 
 
 def badge(run: Marked) -> str:
+    """The letter of a run or encoder on its colour."""
     return f'<b class="badge" style="background:{run.color}">{run.letter}</b>'
 
 
 def figure(uri: str, alt: str, title: str, caption: str) -> str:
+    """A picture with its title and caption."""
     image = f'<img src="{uri}" alt="{escape(alt)}">'
     return f"<figure><h4>{escape(title)}</h4>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def panels(figures: Sequence[str]) -> str:
-    """Figures side by side as far as the screen is wide."""
+    """Figures in as many columns as fit the screen."""
     return f'<div class="panels">{"".join(figures)}</div>'
 
 
 def table(head: str, rows: Sequence[str], kind: str = "") -> str:
-    """A table that scrolls on its own where the screen is too narrow."""
+    """A table that scrolls by itself if the screen is too narrow."""
     inner = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return f'<div class="scroll"><table class="{kind}">{inner}</table></div>'
 
 
 def labelled_row(label: str, values: Iterable[str], kind: str = "") -> str:
+    """A table row with a label in its first cell."""
     cells = "".join(f"<td>{value}</td>" for value in values)
     return f'<tr class="{kind}"><th scope="row">{escape(label)}</th>{cells}</tr>'
 
 
 def missing(run: Run, what: str, verb: str, command: str) -> str:
+    """A note about something that a run lacks, with the command that makes it."""
     return f'<p class="missing">{badge(run)} {escape(what)}; {verb} <code>{escape(command)}</code></p>'

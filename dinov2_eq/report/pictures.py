@@ -1,4 +1,4 @@
-"""The sections of the page that show pictures: reconstructions and feature maps."""
+"""The sections of the report with pictures: reconstructions and feature maps."""
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -19,18 +19,19 @@ SAMPLING = "evaluation.sample_period_steps=1250"
 
 
 def reconstructions(runs: Sequence[Run]) -> str:
+    """Views, targets and reconstructions of each run over the steps."""
     return "".join(f"<h3>{badge(run)} {escape(run.name)}</h3>{_reconstructions_of(run)}" for run in runs)
 
 
 def feature_maps(runs: Sequence[Run], patch_features: Mapping[str, PatchFeatures]) -> str:
-    """`patch_features`: run name -> tokens of images; a run without an entry gets a sentence."""
+    """Feature maps of each run; arguments as for `render_page`."""
     blocks, notes = [], []
     for run in runs:
         if not run.snapshots:
             notes.append(missing(run, "no stored image to map", "train with", SAMPLING))
         elif run.name not in patch_features:
             command = f"dinov2-eq train --output-dir {run.folder}"
-            notes.append(missing(run, "no teacher checkpoint yet", "training writes one as it goes on:", command))
+            notes.append(missing(run, "no teacher checkpoint yet", "training writes one:", command))
         else:
             blocks.append(_feature_maps_of(run, patch_features[run.name]))
     return f'<div class="columns">{"".join(blocks)}</div>{"".join(notes)}'
@@ -56,12 +57,12 @@ def _reconstructions_of(run: Run) -> str:
         rows = [f"<tr>{''.join(_view_cells(run, last, r) for r in images)}</tr>"]
     if len(comparable) < len(run.snapshots):
         num_others = len(run.snapshots) - len(comparable)
-        notes.append(f"<p>{num_others} earlier samples show other images and are left out.</p>")
+        notes.append(f"<p>{num_others} earlier samples show other images and are not included.</p>")
     return "".join(notes) + table("".join(f"<th>{head}</th>" for head in heads), rows, "pictures")
 
 
 def _view_cells(run: Run, last: Snapshot, r: int, num_rows: int = 1) -> str:
-    """Anchor, base and transformed view of image r, the last with theta."""
+    """Table cells with anchor, base and transformed view of image r, the last one with theta."""
     theta = "<br>".join(
         f"{escape(name)} {value:+.3g}" for name, value in zip(last.components, last.theta[r], strict=True)
     )
@@ -75,7 +76,7 @@ def _view_cells(run: Run, last: Snapshot, r: int, num_rows: int = 1) -> str:
 
 
 def _image_rows(run: Run, last: Snapshot, shown: Sequence[Snapshot], r: int) -> list[str]:
-    """One row for each of the K targets of image r; its three views span them."""
+    """Table rows for the K targets of image r; its three views span all of them."""
     num_rows = len(last.fractions)
     rows = []
     for k, fraction in enumerate(last.fractions):

@@ -1,4 +1,4 @@
-"""What a report reads: run folders, as a training and its evaluations left them."""
+"""Reads run folders with the results of training and evaluations."""
 
 import io
 import json
@@ -14,10 +14,10 @@ from dinov2_eq.config.schema import default_config
 from dinov2_eq.config.yaml_files import read_yaml
 from dinov2_eq.files import as_written, check_types, read_bytes, read_json
 
-# Okabe and Ito's order, shifted to mid tones that stand out from white and from near black.
+# Okabe and Ito's order, shifted to mid tones that are visible on white and on near black.
 COLORS = ("#2b7bba", "#e07b1a", "#2a9d78", "#c4579a", "#8a6fd1", "#a8842c", "#4fa8d8", "#c8473f")
 
-# What a report says of a config.
+# The settings that a report uses.
 SETTINGS = {
     "equivariance": ("enabled", "loss_weight", "transform", "border", "decoder", "num_intermediates"),
     "student": ("arch", "patch_size"),
@@ -25,7 +25,7 @@ SETTINGS = {
     "crops": ("global_crops_size",),
     "train": ("dataset_path", "seed"),
 }
-# The arrays of a samples file, and their dimensions.
+# The arrays of a samples file, with their number of dimensions.
 DIMENSIONS = {
     **dict.fromkeys(("anchor_view", "base_view", "transformed_view"), 4),
     **dict.fromkeys(("intermediate_targets", "reconstructions"), 5),
@@ -43,7 +43,7 @@ EXPECTED = """\
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one `samples/step_<step>.npz` holds, in uint8 RGB; `reconstructions` is None where there is no decoder."""
+    """The content of one `samples/step_<step>.npz`, in uint8 RGB; `reconstructions` is None without decoders."""
 
     step: int
     anchor_view: np.ndarray  # [R, H, W, 3]
@@ -53,10 +53,10 @@ class Snapshot:
     reconstructions: np.ndarray | None  # [K, R, H, W, 3]
     fractions: np.ndarray  # [K]
     theta: np.ndarray  # [R, P]
-    components: np.ndarray  # [P] names of the parameters in theta, empty in files that do not name them
+    components: np.ndarray  # [P] names of the parameters in theta, empty if the file does not contain them
 
     def same_images(self, other: "Snapshot") -> bool:
-        """Whether both show the same images under the same transform, so that their reconstructions compare."""
+        """Whether both show the same images and transforms, so that their reconstructions can be compared."""
         return np.array_equal(self.base_view, other.base_view) and np.array_equal(
             self.transformed_view, other.transformed_view
         )
@@ -69,16 +69,16 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder; whatever it lacks is empty or None."""
+    """A run folder; whatever it lacks is empty or None."""
 
     folder: Path
-    name: str  # as short as tells the runs of this report apart
+    name: str  # path from the common folder of all runs in the report
     letter: str
     color: str  # "#rrggbb", the same wherever the run appears
     config: dict[str, Any]
-    metrics: list[dict[str, float]]  # one dict a step, ascending
+    metrics: list[dict[str, float]]  # one dict per step, ascending
     snapshots: list[Path]  # samples/step_*.npz, ascending
-    teacher_checkpoint: Path | None  # the newest
+    teacher_checkpoint: Path | None  # the newest one
     knn: dict[str, Any] | None
     equivariance: dict[str, Any] | None
 
@@ -87,25 +87,26 @@ class Run:
         return self.config["equivariance"]["enabled"] and self.config["equivariance"]["loss_weight"] > 0
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of one logged quantity, both [n]; n = 0 where the run never logged it."""
+        """Steps and values of one logged quantity, both [n]; n = 0 if the run never logged it."""
         points = [(line["step"], line[key]) for line in self.metrics if key in line]
         steps, values = zip(*points, strict=True) if points else ((), ())
         return np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Reads run folders, in the order given, and gives each a letter and a colour.
+    """Reads run folders in the given order, and gives each a letter and a colour.
 
-    Raises ValueError where a folder is no run, a folder is given twice, or more runs are given than colours exist.
+    Raises:
+        ValueError: a folder is not a run or is given twice, or there are more runs than colours.
     """
     if not 1 <= len(folders) <= len(COLORS):
-        raise ValueError(f"A report shows 1 to {len(COLORS)} runs, but {len(folders)} were given. Leave some out.")
+        raise ValueError(f"A report shows 1 to {len(COLORS)} runs, but {len(folders)} were given. Omit some.")
     resolved = [folder.resolve() for folder in folders]
     if len(set(resolved)) < len(resolved):
         raise ValueError(f"A run folder is given twice: {', '.join(map(str, folders))}. Name each once.")
     for folder in resolved:
         if not (folder / "config.yaml").is_file():
-            raise ValueError(f"{folder} is no run folder: it has no config.yaml. A report looks for:\n{EXPECTED}")
+            raise ValueError(f"{folder} is not a run folder: it has no config.yaml. A report reads:\n{EXPECTED}")
     parent = Path(os.path.commonpath([folder.parent for folder in resolved]))
     return [
         _load_run(folder, folder.relative_to(parent).as_posix(), chr(ord("A") + i), COLORS[i])
@@ -114,27 +115,27 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def load_snapshot(path: Path) -> Snapshot:
-    """Reads one samples file.
+    """Reads a samples file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it was cut off, or lacks arrays; names them.
+        OSError: the file cannot be read.
+        ValueError: it was cut off, or arrays are missing; names them.
     """
     raw = read_bytes(path)
     try:
         with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files if name in DIMENSIONS}
-    except Exception as error:  # what damaged bytes make of the reader: nearly every kind
+            contents = {name: arrays[name] for name in arrays.files if name in DIMENSIONS}
+    except Exception as error:  # damaged bytes may raise nearly anything
         raise ValueError(
-            f"{path} is no samples file, or it was cut off while it was written or copied ({error}). Remove it"
+            f"{path} is not a samples file, or it was cut off while it was written or copied ({error}). Remove it"
         ) from None
-    if missing := DIMENSIONS.keys() - {"reconstructions", "components"} - found.keys():
+    if missing := DIMENSIONS.keys() - {"reconstructions", "components"} - contents.keys():
         raise ValueError(f"{path} lacks the arrays {sorted(missing)}; it was not written by this trainer's sampling.")
-    for name, array in found.items():
+    for name, array in contents.items():
         if array.ndim != DIMENSIONS[name]:
-            raise ValueError(f"{path}: {name} has {array.ndim} dimensions, and should have {DIMENSIONS[name]}.")
-    absent = {"reconstructions": None, "components": np.full(found["theta"].shape[1], "")}
-    return Snapshot(**absent | found, step=_step_in(path.stem))
+            raise ValueError(f"{path}: {name} has {array.ndim} dimensions, expected {DIMENSIONS[name]}.")
+    absent = {"reconstructions": None, "components": np.full(contents["theta"].shape[1], "")}
+    return Snapshot(**absent | contents, step=_step_in(path.stem))
 
 
 def _load_run(folder: Path, name: str, letter: str, color: str) -> Run:
@@ -158,27 +159,27 @@ def _read_config(path: Path) -> dict[str, Any]:
     lacking = [name for name in (*SETTINGS, "evaluation") if not isinstance(config.get(name), dict)]
     if lacking:
         raise ValueError(
-            f"{path} has no section {', '.join(lacking)}. A report needs the resolved config that training writes into "
-            "its output folder, not a file of differences."
+            f"{path} has no section {', '.join(lacking)}. A report needs the resolved config that training writes to "
+            "its output folder, not a recipe."
         )
     for section, keys in SETTINGS.items():
         for key in keys:
             value, usual = config[section].get(key), getattr(getattr(default_config(), section), key)
             if not isinstance(value, (int, float) if isinstance(usual, float) else type(usual)):
                 raise ValueError(
-                    f"{path}: {section}.{key}={value!r} is no {type(usual).__name__}, as training writes it."
+                    f"{path}: {section}.{key}={value!r} is not of type {type(usual).__name__}, as training writes it."
                 )
     return config
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Lines of a metrics file by step; none where there is no file.
+    """Reads the lines of a metrics file, ordered by step; [] if there is no file.
 
-    A resumed run may repeat steps: the later line wins, and a half-written last line is left out.
+    A resumed run may repeat steps; then the later line is used. An incomplete last line is ignored.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: a line is not what training writes; names it.
+        OSError: the file cannot be read.
+        ValueError: a line is not as training writes it; names it.
     """
     if not path.is_file():
         return []
@@ -191,14 +192,14 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             check_types(values.values(), int | float)
         except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             raise ValueError(
-                f"{path}, line {number}: no JSON object with a `step` and other numbers ({error}): {line[:80]!r}"
+                f"{path}, line {number}: not a JSON object with a `step` and other numbers ({error}): {line[:80]!r}"
             ) from None
         by_step[step] = by_step.get(step, {}) | values
     return [by_step[step] for step in sorted(by_step)]
 
 
 def _read_results(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
-    """None where there is no such file; raises ValueError where it does not have what `check` looks for."""
+    """Reads a results file; None if there is none. Raises ValueError if `check` fails."""
     if not path.is_file():
         return None
     results = read_json(path)

@@ -1,4 +1,4 @@
-"""The sections of the page that show numbers, each a function from runs to HTML."""
+"""The sections of the report with numbers, each a function from runs to HTML."""
 
 from collections.abc import Sequence
 from html import escape
@@ -8,27 +8,27 @@ from dinov2_eq.report.figures import Bar, Curve, bar_panel, curve_panel
 from dinov2_eq.report.html import badge, figure, labelled_row, missing, panels, table
 from dinov2_eq.report.runs import Run
 
-BORDERS = ("none", "canvas", "masked", "zeros")  # from no border at all to one that tells theta
+BORDERS = ("none", "canvas", "masked", "zeros")  # in the order of how much they reveal about theta
 FAINT_BORDERS = ("masked", "zeros")
 ABSENT = "\u2013"
 
-# Logged quantity -> title and how to read it.
+# Title of each logged quantity, and how to read it.
 LOSSES = {
     "total_loss": ("Total", "Weighted sum of the terms; comparable only between runs with the same weights."),
     "loss/dino": ("DINO", "Cross-entropy of the class tokens with the teacher's."),
     "loss/ibot": ("iBOT", "Cross-entropy of masked patch tokens with the teacher's."),
-    "loss/koleo": ("KoLeo", "Lower: the class tokens of a batch lie further apart."),
+    "loss/koleo": ("KoLeo", "Lower means that the class tokens of a batch are further apart."),
     "loss/reconstruction": ("Reconstruction", "Mean squared error of the intermediate views, in normalised pixels."),
 }
 HEALTH = {
-    "feature_rank": ("Feature rank", "Effective rank of the teacher's class tokens; a fall towards 1 is collapse."),
-    "teacher_entropy": ("Teacher entropy", "Of its targets, in nats; the log of the number of prototypes is collapse."),
+    "feature_rank": ("Feature rank", "Effective rank of the teacher's class tokens; falling towards 1 is collapse."),
+    "teacher_entropy": ("Teacher entropy", "In nats, of the targets; the log of the number of prototypes is collapse."),
     "lr": ("Learning rate", "Before the multipliers of layers and parameter groups."),
 }
 
 
 def overview(runs: Sequence[Run]) -> str:
-    """Settings and headline results, one column a run; settings that differ are marked."""
+    """Settings and main results, with one column per run; settings that differ are marked."""
     head = "<th></th>" + "".join(f'<th scope="col">{badge(run)} {escape(run.name)}</th>' for run in runs)
     columns = [_settings(run) for run in runs]
     rows = []
@@ -41,6 +41,7 @@ def overview(runs: Sequence[Run]) -> str:
 
 
 def losses(runs: Sequence[Run]) -> str:
+    """Curves of the loss terms and of the health of the training."""
     logged = dict.fromkeys(key for run in runs for line in run.metrics for key in line)
     others = {key: (key.removeprefix("loss/"), "Unweighted.") for key in logged if key.startswith("loss/")}
     terms = [_curve_figure(runs, key, *text) for key, text in (LOSSES | others | LOSSES).items() if key in logged]
@@ -55,11 +56,12 @@ def losses(runs: Sequence[Run]) -> str:
 
 
 def knn(runs: Sequence[Run]) -> str:
+    """k-NN accuracy during and after training."""
     shown, notes = [], []
     on_the_way = [run for run in runs if len(run.curve("eval/knn_top1")[0])]
     if on_the_way:
         reading = "Top-1 accuracy in % of the teacher's class token."
-        shown.append(_curve_figure(runs, "eval/knn_top1", "On the way", reading))
+        shown.append(_curve_figure(runs, "eval/knn_top1", "During training", reading))
     accuracies = [_knn_accuracies(run) for run in runs]
     if any(accuracies):
         head = "<th>training images, k</th>" + "".join(f"<th>{badge(run)}</th>" for run in runs)
@@ -68,7 +70,7 @@ def knn(runs: Sequence[Run]) -> str:
         shown.append(f"<div><h4>After training, accuracy in %</h4>{table(head, rows)}</div>")
     for run in runs:
         if run not in on_the_way:
-            notes.append(missing(run, "no k-NN on the way", "train with", "evaluation.knn_period_steps=1250"))
+            notes.append(missing(run, "no k-NN during training", "train with", "evaluation.knn_period_steps=1250"))
         if run.knn is None:
             command = _eval_command("knn", run)
             notes.append(missing(run, "no k-NN results", "make them with", command))
@@ -76,6 +78,7 @@ def knn(runs: Sequence[Run]) -> str:
 
 
 def equivariance(runs: Sequence[Run]) -> str:
+    """R2 of the transforms, as charts and as a table."""
     tasks = _tasks(runs)
     parts = []
     if tasks:
@@ -104,7 +107,7 @@ def _settings(run: Run) -> dict[str, str]:
     if not task["enabled"]:
         role = "off: the plain base method"
     elif not run.reconstructs:
-        role = "control, \u03bb = 0: transformed and split, nothing reconstructed"
+        role = "control, \u03bb = 0: views transformed, features split, nothing reconstructed"
     else:
         role = f"on, \u03bb = {task['loss_weight']:g}"
     last_step = run.metrics[-1]["step"] if run.metrics else 0
@@ -121,7 +124,7 @@ def _settings(run: Run) -> dict[str, str]:
 
 
 def _headline_results(runs: Sequence[Run]) -> list[str]:
-    """Rows: the first k-NN accuracy of the results, and each task's R2 where no border helps."""
+    """Table rows: the first k-NN accuracy of the results, and the border-free R2 of each task."""
     rows = []
     accuracies = [_knn_accuracies(run) for run in runs]
     for label in list(max(accuracies, key=len))[:1]:
@@ -132,17 +135,17 @@ def _headline_results(runs: Sequence[Run]) -> list[str]:
             for run in runs
         ]
         if any(borderless):
-            values = [_number(found[0] if found else {}, "r2_pooled", ".3f") for found in borderless]
+            values = [_number(scores[0] if scores else {}, "r2_pooled", ".3f") for scores in borderless]
             rows.append(labelled_row(f"R\u00b2 of {_words(task)}", values))
     return rows or [labelled_row("evaluations", ["none yet"] * len(runs))]
 
 
 def _curve_figure(runs: Sequence[Run], key: str, title: str, reading: str) -> str:
-    found = [(run, *run.curve(key)) for run in runs]
-    found = [(run, steps, values) for run, steps, values in found if len(steps)]
-    chart = curve_panel([Curve(run.color, steps, values) for run, steps, values in found])
-    spoken = "; ".join(f"run {run.letter} from {values[0]:.4g} to {values[-1]:.4g}" for run, _, values in found)
-    last = "".join(f"<span>{badge(run)} {values[-1]:.4g}</span>" for run, _, values in found)
+    curves = [(run, *run.curve(key)) for run in runs]
+    curves = [(run, steps, values) for run, steps, values in curves if len(steps)]
+    chart = curve_panel([Curve(run.color, steps, values) for run, steps, values in curves])
+    spoken = "; ".join(f"run {run.letter} from {values[0]:.4g} to {values[-1]:.4g}" for run, _, values in curves)
+    last = "".join(f"<span>{badge(run)} {values[-1]:.4g}</span>" for run, _, values in curves)
     caption = f'{escape(reading)} <span class="last">Last: {last}</span>'
     return figure(chart, f"{title} over the steps: {spoken}", title, caption)
 

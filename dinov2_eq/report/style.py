@@ -1,4 +1,4 @@
-"""The page's style sheet: one column of text, panels that flow, light and dark."""
+"""The style sheet of the pages: one column of text, panels that wrap, light and dark mode."""
 
 CSS = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #23272e; --soft: #656c77; --line: #dcdfe3; --wash: #f5f6f7; }

@@ -34,7 +34,7 @@ def usage() -> str:
 
 
 def find_command(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The command that `argv` starts with, and the rest.
+    """Splits `argv` into the command that it starts with and its remaining arguments.
 
     Raises:
         ValueError: no such command.
@@ -47,16 +47,17 @@ def find_command(argv: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; what the user can mend is printed without a traceback.
+    """Runs a command; errors that the user can fix are printed without a traceback.
 
     Returns:
-        0 on success, 2 on a mistake in config, data, files or flags, 3 when training met a NaN or infinity, 4 when a
-        signal stopped it, 5 when another process of the run was lost, 130 on Ctrl-C; 1 when nobody reads its output.
+        0 on success, 1 if the reader of its output is gone, 2 for a mistake in config, data, files or flags, 3 for a
+        NaN or infinity in training, 4 when stopped by a signal, 5 when another process of the run was lost, 130 on
+        Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        with suppress(OSError):  # nobody reads it
-            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8; stderr takes any
+        with suppress(OSError):  # the reader may be gone
+            sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8; stderr escapes by itself
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -68,15 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         importlib.import_module(COMMANDS[name][0]).main(rest)
         sys.stdout.flush()
     except BaseException as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():  # `dinov2-eq ... | head` has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more at its end
+        if isinstance(error, BrokenPipeError) and _nobody_reads():  # as in `dinov2-eq ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it exits
             return 1
         return exit_code(error)
     return 0
 
 
 def _nobody_reads() -> bool:
-    """Whether it is the output that a BrokenPipeError is about: what could not be written is still there to fail."""
+    """Whether a BrokenPipeError was about stdout: flushing what could not be written then fails again."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

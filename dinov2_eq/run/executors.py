@@ -1,4 +1,4 @@
-"""How `dinov2-eq submit` hands a job to submitit: on SLURM, or in processes of this host."""
+"""Hands jobs of `dinov2-eq submit` to submitit, for SLURM or for processes on this host."""
 
 import importlib
 import os
@@ -19,7 +19,7 @@ PACKAGES = ("dinov2_eq", "dinov2_eq.tools", "dinov2_eq.configs")
 
 
 class SlurmExecutor(submitit.SlurmExecutor):
-    """submitit's, which also writes its script where there is no SLURM."""
+    """submitit's executor, which can also write its script on hosts without SLURM."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -30,29 +30,29 @@ class SlurmExecutor(submitit.SlurmExecutor):
 
 
 def slurm_executor(folder: Path, max_num_timeout: int, parameters: dict[str, Any]) -> SlurmExecutor:
-    """An executor whose jobs import the copy of the code in `folder`.
+    """Makes an executor whose jobs import the copy of the code in `folder`.
 
     Args:
         max_num_timeout: how often a job may run out of time and be requeued.
-        parameters: of `submitit.SlurmExecutor`, with the names that sbatch has.
+        parameters: parameters of `submitit.SlurmExecutor`, named as in sbatch.
     """
     executor = SlurmExecutor(folder, max_num_timeout=max_num_timeout)
     executor.update_parameters(
         **parameters,
         stderr_to_stdout=True,
-        # Python looks into its working directory first, and that must not be a checkout.
+        # Python imports from its working directory first, which must therefore not be a checkout.
         setup=[f"export PYTHONPATH={shlex.quote(module_path(folder))}", f"cd {shlex.quote(str(folder))}"],
-        # submitit acts on SIGUSR2. A run stopped by SIGTERM ends with this code: if that was an eviction, SLURM does
-        # not queue again what ended before it was killed; if it was a cancellation, this script is dead as well.
+        # submitit handles SIGUSR2. A run stopped by SIGTERM ends with code STOPPED. After an eviction, SLURM does not
+        # requeue a job that ended before it was killed, so the script does. After a cancellation, the script is dead.
         teardown=["code=$?", f'[ $code -eq {STOPPED} ] && scontrol requeue "$SLURM_JOB_ID"', "exit $code"],
-        # Since SLURM 22.05, srun does not take this number from sbatch.
+        # Since SLURM 22.05, srun does not inherit this number from sbatch.
         srun_args=[f"--cpus-per-task={parameters['cpus_per_task']}"],
     )
     return executor
 
 
 def queue_on_slurm(executor: SlurmExecutor, job: Job) -> str:
-    """Returns what to tell the user; raises ValueError where SLURM refuses the job."""
+    """Queues the job and returns a message for the user; raises ValueError if SLURM refuses the job."""
     with clean_environment():
         try:
             queued = executor.submit(job)
@@ -61,17 +61,17 @@ def queue_on_slurm(executor: SlurmExecutor, job: Job) -> str:
     number = queued.job_id
     return (
         f"job {number} is queued\n"
-        f"logs    {queued.paths.folder}/{number}_*_log.out, one for each process\n"
+        f"logs    {queued.paths.folder}/{number}_*_log.out, one per process\n"
         f"watch   squeue --jobs {number}\n"
         f"cancel  scancel {number}"
     )
 
 
 def start_on_this_host(folder: Path, max_num_timeout: int, parameters: dict[str, Any], job: Job) -> str:
-    """Starts processes that outlive this one; returns what to tell the user.
+    """Starts processes that outlive this one, and returns a message for the user.
 
     Args:
-        parameters: of `submitit.LocalExecutor`.
+        parameters: parameters of `submitit.LocalExecutor`.
     """
     executor = submitit.LocalExecutor(folder, max_num_timeout=max_num_timeout)
     executor.update_parameters(**parameters, stderr_to_stdout=True)
@@ -80,14 +80,14 @@ def start_on_this_host(folder: Path, max_num_timeout: int, parameters: dict[str,
     number = started.job_id
     return (
         f"job {number} has started\n"
-        f"logs    {started.paths.folder}/{number}_*_log.out, one for each process\n"
+        f"logs    {started.paths.folder}/{number}_*_log.out, one per process\n"
         f"watch   tail -F {started.paths.folder}/{number}_0_log.out\n"
         f"cancel  kill {number}"
     )
 
 
 def copy_code(folder: Path) -> None:
-    """Copies this package to `folder`, laid out as installed: a queued job does not see what is changed later."""
+    """Copies this package to `folder`, laid out as installed, so that later changes do not affect a queued job."""
     for package in PACKAGES:
         source = importlib.import_module(package).__path__[0]
         target = code_in(folder).joinpath(*package.split("."))
@@ -95,18 +95,19 @@ def copy_code(folder: Path) -> None:
 
 
 def code_in(folder: Path) -> Path:
+    """Where `copy_code` puts the package."""
     return folder / "code"
 
 
 def module_path(folder: Path) -> str:
-    """PYTHONPATH for the job: the copy of the code, then this process's own, as absolute paths."""
+    """PYTHONPATH for the job: the copy of the code, then the PYTHONPATH of this process, as absolute paths."""
     own = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return os.pathsep.join([str(code_in(folder)), *(os.path.abspath(path) for path in own if path)])
 
 
 @contextmanager
 def clean_environment(**variables: str) -> Iterator[None]:
-    """Hides the job in which this process may run, but not which SLURM to talk to; adds `variables`."""
+    """Hides the variables of a job that this process may run in, except SLURM_CONF, and adds `variables`."""
     if "SLURM_CONF" in os.environ:
         variables["SLURM_CONF"] = os.environ["SLURM_CONF"]
     with submitit.helpers.clean_env(), submitit.helpers.environment_variables(**variables):
@@ -115,6 +116,7 @@ def clean_environment(**variables: str) -> Iterator[None]:
 
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
+    """Changes the working directory for the duration of the context."""
     before = os.getcwd()
     os.chdir(folder)
     try:

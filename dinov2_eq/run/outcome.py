@@ -1,11 +1,11 @@
-"""How a command that failed ends: one sentence and an exit code for what the user can mend, a traceback for a bug."""
+"""Ends a failed command: a sentence and an exit code for what the user can fix, a traceback for a bug."""
 
 import sys
 from contextlib import suppress
 
 from dinov2_eq.exits import INTERRUPTED, MISTAKE, NOT_FINITE, PROCESS_LOST, STOPPED, ProcessLost, Stopped
 
-# The first row that fits counts.
+# The first matching row counts.
 EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
     (KeyboardInterrupt, INTERRUPTED),
     (Stopped, STOPPED),
@@ -17,7 +17,7 @@ EXIT_CODES: tuple[tuple[type[BaseException], int], ...] = (
 
 
 def exit_code(error: BaseException) -> int:
-    """Prints what `error` says and returns the exit code of its kind; raises it again where it is a bug."""
+    """Prints the message of `error` and returns the exit code of its kind; raises it again if it is a bug."""
     code = next((code for kind, code in EXIT_CODES if isinstance(error, kind)), None)
     if code is None:
         raise error
@@ -27,5 +27,5 @@ def exit_code(error: BaseException) -> int:
 
 
 def _words(error: BaseException) -> str:
-    """The message alone: torch puts the whole traceback of a data-loading process in front of it."""
+    """The message without the traceback of a data-loading process that torch puts in front of it."""
     return str(error).rpartition(f"{type(error).__name__}: ")[2] or "interrupted"

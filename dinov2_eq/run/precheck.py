@@ -1,4 +1,4 @@
-"""What `dinov2-eq submit` finds out before a job waits for hours in order to fail."""
+"""The checks of `dinov2-eq submit`, so that a job does not wait for hours only to fail."""
 
 import importlib
 from collections.abc import Sequence
@@ -22,6 +22,8 @@ USABLE_MEMORY = 0.9  # share of a GPU's memory that an estimate may fill
 
 
 class Resources(NamedTuple):
+    """What a job requests."""
+
     nodes: int
     gpus_per_node: int
     tasks_per_node: int
@@ -32,20 +34,20 @@ class Resources(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """A command that will run."""
+    """A command that passed the checks."""
 
     argv: list[str]
-    config: str | None  # text for the file that --config-file must name in `argv`; None: `argv` is complete
+    config: str | None  # text of the file that --config-file must name in `argv`; None: `argv` is complete
     output_dir: Path
-    summary: str  # for a person
-    dry_run: bool  # the check is all that was wanted
+    summary: str  # for the user
+    dry_run: bool  # the user only asked for the checks
 
 
 def check_training(argv: Sequence[str], resources: Resources, gpu_memory: float | None) -> Checked:
-    """Resolves the config and builds from it what takes no memory.
+    """Resolves the config, opens the data and estimates the memory of a training run.
 
     Args:
-        gpu_memory: GiB of each GPU; None: any.
+        gpu_memory: GiB of each GPU; None: not checked.
 
     Raises:
         ValueError, OSError: the run cannot work.
@@ -74,10 +76,12 @@ def check_training(argv: Sequence[str], resources: Resources, gpu_memory: float 
 
 
 def check_evaluation(command: str, argv: Sequence[str]) -> Checked:
-    """Lets the evaluation check itself, and raises what it raises."""
+    """Runs the evaluation with --dry-run; errors are those of the evaluation."""
     module = importlib.import_module(COMMANDS[command][0])
     module.main([*argv, "--dry-run"])
     args = module.build_parser().parse_args(argv)
     encoder = encoder_of(args)
     output_dir = results_folder(encoder if isinstance(encoder, str) else encoder[0], args.output_dir)
-    return Checked([*command.split(), *argv], None, output_dir, f"{command}: encoder and data are there", args.dry_run)
+    return Checked(
+        [*command.split(), *argv], None, output_dir, f"{command}: encoder and data are available", args.dry_run
+    )

@@ -1,4 +1,4 @@
-"""`dinov2-eq submit`: checks a command, copies code and settings, and queues it on SLURM or starts it on this host."""
+"""The command `dinov2-eq submit`: checks a command, copies code and settings, and queues it or starts it here."""
 
 import argparse
 import importlib
@@ -29,8 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dinov2-eq submit",
         description="Check a command, and queue it on SLURM or start it on this host.",
-        epilog="All other flags and key=value are the command's own, see 'dinov2-eq train --help'; %j in --output-dir "
-        "is the number of the job. With --dry-run everything is checked, and nothing queued.",
+        epilog="All other flags and key=value arguments belong to the command, see 'dinov2-eq train --help'. %j in "
+        "--output-dir stands for the job number. With --dry-run everything is checked and nothing is queued.",
         allow_abbrev=False,
     )
     parser.add_argument("name", choices=PROGRAMS, metavar="NAME", help=", ".join(PROGRAMS))
@@ -42,16 +42,16 @@ def build_parser() -> argparse.ArgumentParser:
         *("--gpus-per-node", "--gpus", "--ngpus"),
         type=int,
         metavar="N",
-        help=f"a process for each; default: {GPUS_PER_NODE}, with --cluster local all",
+        help=f"one process per GPU; default: {GPUS_PER_NODE}, with --cluster local all",
     )
-    add("--tasks-per-node", type=positive, metavar="N", help="processes, where --gpus-per-node is 0; default: 1")
-    add("--cpus-per-task", type=positive, default=10, metavar="N", help="cores of each process; default: 10")
-    add("--mem-gb", type=int, default=0, metavar="GB", help="main memory of each node; default: all of it")
-    add("--gpu-memory", type=float, metavar="GIB", help="of each GPU; training that needs more is refused")
-    add("--timeout", type=positive, default=2800, metavar="MIN", help="then it is requeued; default: 2800")
-    add("--signal-delay", type=positive, default=120, metavar="S", help="seconds before that to save; default: 120")
-    add("--max-requeues", type=int, default=30, metavar="N", help="after that many timeouts it fails; default: 30")
-    add("--exclude", metavar="NODES", help="nodes not to use")
+    add("--tasks-per-node", type=positive, metavar="N", help="processes, if --gpus-per-node is 0; default: 1")
+    add("--cpus-per-task", type=positive, default=10, metavar="N", help="cores per process; default: 10")
+    add("--mem-gb", type=int, default=0, metavar="GB", help="main memory per node; default: all of it")
+    add("--gpu-memory", type=float, metavar="GIB", help="memory per GPU; training that needs more is refused")
+    add("--timeout", type=positive, default=2800, metavar="MIN", help="time until it is requeued; default: 2800")
+    add("--signal-delay", type=positive, default=120, metavar="S", help="seconds to save before that; default: 120")
+    add("--max-requeues", type=int, default=30, metavar="N", help="timeouts before it fails; default: 30")
+    add("--exclude", metavar="NODES", help="nodes to avoid")
     add("--comment", metavar="TEXT")
     add("--job-name", metavar="TEXT", help="default: dinov2-eq-NAME")
     add(
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="KEY[=VALUE]",
         help="any other parameter of sbatch, repeatable: qos=high, constraint=volta32gb, gres=gpu:8, exclusive",
     )
-    add("--print-sbatch", action="store_true", help="print the script for sbatch, and queue nothing")
+    add("--print-sbatch", action="store_true", help="print the sbatch script and queue nothing")
     return parser
 
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checked = check_training(rest, resources, args.gpu_memory)
     else:
         checked = check_evaluation(command, rest)
-    # %j is not known yet: what is written now goes to the last folder before it.
+    # %j is not known yet, so files that are written now go to the parent folder of the part that contains it.
     known_folder = JobPaths.get_first_id_independent_folder(checked.output_dir)
     folder = known_folder / "submitit" / time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
     executor = slurm_executor(folder, args.max_requeues, slurm_parameters(args, resources))
@@ -105,10 +105,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def choose_cluster(name: str | None) -> str:
-    """Raises ValueError where SLURM is asked for and is not here."""
+    """Chooses the cluster, by default SLURM if it is available; raises ValueError for "slurm" without SLURM."""
     has_slurm = shutil.which("sbatch") is not None
     if name == "slurm" and not has_slurm:
-        raise ValueError("--cluster slurm: sbatch is not on PATH; load the module of SLURM, or use --cluster local")
+        raise ValueError("--cluster slurm: sbatch is not on PATH; load the SLURM module, or use --cluster local")
     if name is None:
         name = "slurm" if has_slurm else "local"
         print(f"--cluster {name}, as sbatch is {'' if has_slurm else 'not '}on PATH")
@@ -116,18 +116,18 @@ def choose_cluster(name: str | None) -> str:
 
 
 def choose_resources(args: argparse.Namespace, cluster: str) -> Resources:
-    """Raises ValueError where the flags contradict each other or this host."""
+    """Determines nodes, GPUs and processes; raises ValueError if the flags contradict each other or this host."""
     gpus_here = torch.cuda.device_count()
     default = {"slurm": GPUS_PER_NODE, "local": gpus_here, "debug": min(gpus_here, 1)}[cluster]
     gpus = default if args.gpus_per_node is None else args.gpus_per_node
     tasks = args.tasks_per_node or max(gpus, 1)
     if gpus and tasks != gpus:
         raise ValueError(
-            f"--tasks-per-node {tasks}: each of the {gpus} GPUs of a node gets one process; leave the flag out, or "
-            "give --gpus-per-node 0 for processes without a GPU"
+            f"--tasks-per-node {tasks}: each of the {gpus} GPUs of a node gets one process; omit the flag, or use "
+            "--gpus-per-node 0 for processes without a GPU"
         )
     if cluster != "slurm" and args.nodes > 1:
-        raise ValueError(f"--nodes {args.nodes}: --cluster {cluster} is this host alone; use --nodes 1, or SLURM")
+        raise ValueError(f"--nodes {args.nodes}: --cluster {cluster} only uses this host; use --nodes 1, or SLURM")
     if cluster != "slurm" and gpus > gpus_here:
         raise ValueError(f"--gpus-per-node {gpus}: torch sees {gpus_here} GPUs on this host")
     if cluster == "debug" and tasks > 1:
@@ -136,8 +136,8 @@ def choose_resources(args: argparse.Namespace, cluster: str) -> Resources:
 
 
 def slurm_parameters(args: argparse.Namespace, resources: Resources) -> dict[str, Any]:
-    """What `submitit.SlurmExecutor` is told; --slurm goes before other flags."""
-    own: dict[str, str | bool] = {"requeue": True}  # allowed at once where it is not by default, and after a lost node
+    """Parameters of `submitit.SlurmExecutor`; --slurm takes precedence over other flags."""
+    own: dict[str, str | bool] = {"requeue": True}  # also after a lost node, and where it is not the default
     for parameter in args.slurm:
         key, has_value, value = parameter.partition("=")
         own[key.replace("-", "_")] = value if has_value else True
@@ -161,11 +161,11 @@ def slurm_parameters(args: argparse.Namespace, resources: Resources) -> dict[str
 
 
 def local_parameters(args: argparse.Namespace, resources: Resources) -> dict[str, Any]:
-    """What `submitit.LocalExecutor` is told; raises ValueError where the GPUs to use are not named by numbers."""
+    """Parameters of `submitit.LocalExecutor`; raises ValueError if CUDA_VISIBLE_DEVICES does not list numbers."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible and resources.gpus_per_node else []
     if not all(gpu.isdecimal() for gpu in gpus):
-        raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: name the GPUs by numbers, such as 0,1")
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={visible}: list the GPUs by number, such as 0,1")
     return {
         "tasks_per_node": resources.tasks_per_node,
         "gpus_per_node": resources.gpus_per_node,

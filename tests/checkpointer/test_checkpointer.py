@@ -1,4 +1,4 @@
-"""Checkpoints: written in the background, whole or not there, kept to the newest few, never trusted when damaged."""
+"""Checkpoints are written in the background, complete or absent; old ones are removed, damaged ones not used."""
 
 import logging
 import threading
@@ -28,7 +28,7 @@ def save(checkpointer, *steps):
 
 
 class Blocked:
-    """A value that is not written before the test says so."""
+    """A value whose writing waits until the test allows it."""
 
     def __init__(self):
         self.released = threading.Event()

@@ -1,4 +1,4 @@
-"""What a killed process, a full disk and an unwritable folder leave of the checkpoints."""
+"""Checkpoints after a killed process, a full disk and an unwritable folder."""
 
 import logging
 import subprocess
@@ -37,7 +37,7 @@ SMALL, TOO_LARGE = 1000, 500_000  # float32 values, on a disk of 1 MiB
 
 
 def require(folder, step, value):
-    """A new process would go on from `step`."""
+    """Checks that a new process would resume from `step`."""
     checkpointer = Checkpointer(folder, keep=2)
     assert checkpointer.newest_whole() == step
     loaded = state(0, SMALL)

@@ -58,7 +58,7 @@ def test_a_run_that_ends_leaves_no_record(tmp_path):
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """What a run on another node has written, where the file system passes no locks on."""
+    """The record of a run on another node, on a file system that does not share locks."""
     monkeypatch.setattr(module, "BEAT_S", 0.1)
     monkeypatch.setattr(module, "SILENCE_S", 0.2)
     record = {"host": "node7", "pid": 7, "boot": "another", "since": "2030-01-01 00:00:00", "run": "theirs", "beats": 3}
@@ -87,7 +87,7 @@ def test_a_run_on_another_node_is_alive_as_long_as_its_record_changes(elsewhere,
 
 
 def test_a_folder_that_was_taken_over_is_locked(elsewhere, tmp_path):
-    """Looking at the record has opened and closed the file, which gives back the kernel's lock."""
+    """Reading the record opens and closes the file, which releases the kernel's lock."""
     with FolderLock(tmp_path) as lock:
         lock.acquire()
         (message,) = run_ranks(try_to_take, 1, tmp_path)
@@ -95,7 +95,7 @@ def test_a_folder_that_was_taken_over_is_locked(elsewhere, tmp_path):
 
 
 def test_a_run_whose_folder_was_taken_over_ends(elsewhere, tmp_path, monkeypatch):
-    """It was suspended for long, say, and another node took it for dead."""
+    """This happens when a run was suspended and another node took it for dead."""
     ended = threading.Event()
     told = []
 

@@ -1,4 +1,4 @@
-"""Checkpoints of several processes: each writes its shards, all agree on the outcome, any number can go on."""
+"""Checkpoints of several processes: each writes its shards, all agree on the outcome, any number can resume."""
 
 import logging
 import re
@@ -30,13 +30,13 @@ def network_state(seed, *, sharded):
 
 
 def tensors(state):
-    """Name -> tensor, of which each process may hold a part."""
+    """The tensors by name; each process may hold a part."""
     moments = {f"{name} {key}": t for name, entry in state["optimizer"]["state"].items() for key, t in entry.items()}
     return state["model"] | moments
 
 
 def values(state):
-    """The whole tensors as lists, which pass between processes."""
+    """The unsharded tensors as lists, which can be sent between processes."""
     whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors(state).items()}
     return {name: t.tolist() for name, t in whole.items()} | state["read"]
 

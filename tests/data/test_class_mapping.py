@@ -20,8 +20,8 @@ def test_reads_any_whole_numbers(tmp_path):
         ([], r"its shape is \(0,\)"),
         (3, r"its shape is \(\)"),
         ([2, -1], "it holds -1"),
-        ([2, 0, 2], "it holds 2 2 times, and no classifier"),
-        ([None], "is no .npy file of whole numbers"),
+        ([2, 0, 2], "it holds 2 2 times, so these classes"),
+        ([None], "is not an .npy file of whole numbers"),
     ],
 )
 def test_no_mapping(tmp_path, values, message):
@@ -35,14 +35,14 @@ def test_other_files(tmp_path):
         read_class_mapping(tmp_path / "missing.npy")
     for content in (b"", b"0 1 2\n", b"\x93NUMPY"):
         (tmp_path / "mapping.npy").write_bytes(content)
-        with pytest.raises(ValueError, match=r"is no \.npy file"):
+        with pytest.raises(ValueError, match=r"is not an \.npy file"):
             read_class_mapping(tmp_path / "mapping.npy")
     np.savez(tmp_path / "mapping.npz", np.arange(2))
     with pytest.raises(ValueError, match="an archive of several arrays"):
         read_class_mapping(tmp_path / "mapping.npz")
     content = (tmp_path / "mapping.npz").read_bytes()
     (tmp_path / "mapping.npz").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"is no \.npy file"):
+    with pytest.raises(ValueError, match=r"is not an \.npy file"):
         read_class_mapping(tmp_path / "mapping.npz")
     with pytest.raises(OSError, match="cannot be read: Is a directory"):
         read_class_mapping(tmp_path)

@@ -16,7 +16,7 @@ SHAPES = "Shapes:split=TRAIN:num=40:size=8"
 
 
 def folders(root, **counts):
-    """A data string for class folders with so many images each."""
+    """A data string for class folders with the given numbers of images."""
     for name, count in counts.items():
         (root / name).mkdir(parents=True)
         for number in range(count):
@@ -53,7 +53,7 @@ def test_unlabelled(tmp_path):
 
 
 def test_a_single_class(tmp_path):
-    with pytest.raises(DataError, match=r"two classes or more, and all 3 images of .* have label 0"):
+    with pytest.raises(DataError, match=r"at least two classes, but all 3 images of .* have label 0"):
         read_labelled(folders(tmp_path, a=3), [], "k-NN")
     with pytest.raises(DataError, match="or raise --max-images"):
         read_labelled(SHAPES, [], "k-NN", max_images=1)
@@ -96,7 +96,7 @@ def test_images_of_each_class():
 def test_fewer_images_of_a_class_than_asked_for():
     with pytest.raises(ValueError, match=r"--n-per-class 3 is more than 1 of the 2 classes have: class 1 has 2"):
         draw_per_class(torch.tensor([0, 0, 0, 1, 1]), 3, 0, "--n-per-class")
-    with pytest.raises(ValueError, match="--n-per-class 0: give numbers of images from 1 up"):
+    with pytest.raises(ValueError, match="--n-per-class 0: give a number of images of at least 1"):
         draw_per_class(torch.tensor([0, 1]), 0, 0, "--n-per-class")
 
 
@@ -145,9 +145,9 @@ def test_labels_by_a_class_mapping(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ([0], r"has label 2, and class mapping .*mapping.npy has entries for 0 to 0 only"),
-        ([0, 1, 2], r"Class mapping .*mapping.npy names label 1, of which .*train' has no image"),
-        ([0, 2, 9], r"names label 9, of which"),
+        ([0], r"has label 2, but class mapping .*mapping.npy only has entries for 0 to 0"),
+        ([0, 1, 2], r"Class mapping .*mapping.npy contains label 1, but .*train' has no image"),
+        ([0, 2, 9], r"contains label 9, but"),
     ],
 )
 def test_class_mappings_that_do_not_fit(tmp_path, mapping, message):

@@ -41,7 +41,7 @@ BATCH_AXIS = {"anchor_crops": 0, "base_canvases": 0, "local_crops": 1, "theta": 
 
 
 def joined(batches):
-    """The tensors of several batches as those of one."""
+    """Concatenates the tensors of several batches."""
     tensors = {name: torch.cat([vars_of(b)[name] for b in batches], axis) for name, axis in BATCH_AXIS.items()}
     for name in batches[0].photometric._fields:
         tensors[name] = torch.cat([b.photometric._asdict()[name] for b in batches], 1)

@@ -38,7 +38,7 @@ PROGRAM = """
 
 
 def start_loader():
-    """An iterator that has given 2 batches, one of each worker, and the process ids of these."""
+    """An iterator after 2 batches, one from each worker, and the process ids of the workers."""
     others = {process.pid for process in multiprocessing.active_children()}
     batches = iter(Loader(torch.arange(1000.0), batch_size=2, num_workers=2))
     next(batches), next(batches)
@@ -95,7 +95,7 @@ def test_workers_end_with_the_main_process(how, context):
 
 
 def read_after_a_kill():
-    """In a process of its own: torch's handler raises at whatever line the process has reached, later ones too."""
+    """Runs in a separate process, because torch's handler raises at any line, also after the test."""
     batches, pids = start_loader()
     started = time.monotonic()
     os.kill(next(iter(pids)), signal.SIGKILL)
@@ -123,10 +123,10 @@ def no_room(tensor):
 
 
 def test_no_room_for_a_batch_is_an_error_of_the_batch(monkeypatch):
-    """torch alone would print it in a thread of the worker, and wait for ever."""
+    """torch alone would print the error in a thread of the worker, and wait forever."""
     monkeypatch.setattr(torch.Tensor, "share_memory_", no_room)
     with pytest.raises(
-        DataError, match=r"^/dev/shm, .* is too small, .* is free\. .*--shm-size.* lower train.num_workers"
+        DataError, match=r"^/dev/shm, .* is too small: .* is free\. .*--shm-size.* lower train.num_workers"
     ):
         read_all(Loader(torch.arange(10.0), num_workers=1, collate_fn=lambda samples: {"rows": [torch.stack(samples)]}))
 
@@ -139,7 +139,7 @@ def fail_in_the_first_worker(samples):
 
 
 def test_the_other_workers_end_before_the_error_of_one_is_raised():
-    """Each that failed later would be an error of torch's, wherever the main process is by then."""
+    """A worker that fails later would make torch raise an error anywhere in the main process."""
     others = {process.pid for process in multiprocessing.active_children()}
     batches = iter(Loader(torch.arange(1000.0), num_workers=2, collate_fn=fail_in_the_first_worker))
     pids = {process.pid for process in multiprocessing.active_children()} - others
@@ -171,15 +171,17 @@ def read_with_few_files(limit):
 
 
 def test_too_few_files():
-    """A worker that meets the limit before this process does says so on the terminal, and ends."""
+    """If a worker reaches the limit before this process does, it prints so and ends."""
     (message,) = run_ranks(read_with_few_files, 1, 100)
-    assert re.match(r"The limit of open files is too low.*ulimit -n|A data-loading process is gone .* said", message)
+    assert re.match(
+        r"The limit of open files is too low.*ulimit -n|A data-loading process is gone .* printed no error", message
+    )
 
 
 def test_a_batch_that_cannot_be_sent_is_noticed(capfd):
     with pytest.raises(DataError, match=r"A data-loading process is gone \(DataLoader worker .* exited unexpectedly"):
         read_all(Loader(torch.arange(10.0), num_workers=1, collate_fn=lambda samples: lambda: samples))
-    assert "A batch cannot be handed over: " in capfd.readouterr().err
+    assert "A batch cannot be sent to the main process: " in capfd.readouterr().err
 
 
 def test_a_bug_in_a_worker_stays_a_bug():
@@ -201,7 +203,7 @@ def hear_of_a_signal_to_a_worker():
 
 
 def test_signals_to_a_worker_are_not_the_main_process_s():
-    """It was forked with the file descriptor that Python reports signals to."""
+    """The worker inherits the file descriptor that Python reports signals to."""
     assert run_ranks(hear_of_a_signal_to_a_worker, 1) == [False]
 
 

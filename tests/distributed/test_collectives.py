@@ -1,4 +1,4 @@
-"""The few collectives, on one process and on three."""
+"""The collectives, on one process and on three."""
 
 import torch
 

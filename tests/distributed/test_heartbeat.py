@@ -1,4 +1,4 @@
-"""Which process is called lost; that processes end, tests/reliability shows."""
+"""Which process the heartbeat calls lost; tests/reliability shows that the others end."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from dinov2_eq.distributed.heartbeat import GRACE_S, Heartbeat, LostProcess
 
 
 class Interrupted:
-    """A store in which others do something between two questions: just before `key` is asked for."""
+    """A store in which another process acts just before `key` is read."""
 
     def __init__(self, store: dist.Store, key: str, happens: Callable[[], None]) -> None:
         self._store = store
@@ -47,12 +47,12 @@ def test_the_first_announced_loss_stays(store):
     main._beat()
     other._store = Interrupted(other._store, "left/0", main_process_announces_and_leaves)
     other._complained_s = time.monotonic() - GRACE_S
-    assert other._find_loss() == lost
-    assert main._find_loss() == lost
+    assert other._find_lost_process() == lost
+    assert main._find_lost_process() == lost
 
 
 def test_the_main_process_leaves_after_those_that_answer(store):
-    """It may host the store in which they read why."""
+    """It may host the store from which the others read the reason."""
     main, silent, other = (Heartbeat(rank, 3, store, silence_limit_s=20) for rank in range(3))
 
     def leave_when_the_main_process_is_about_to():
@@ -75,11 +75,11 @@ def test_one_complaint_is_explained_by_the_silence_that_follows_it(store):
     main._names = {1: "process 1", 2: "process 2"}
     for process in (main, other, silent):
         process._beat()
-    assert main._find_loss() is None
+    assert main._find_lost_process() is None
     for rank, (count, since) in main._seen.items():
         main._seen[rank] = count, since - 2 * GRACE_S  # both have computed for long, holding the interpreter
     other._name = "process 1"
     other._complain(RuntimeError("out of memory"))
-    assert main._find_loss() is None
+    assert main._find_lost_process() is None
     main._complained_s -= GRACE_S + 1
-    assert main._find_loss() == LostProcess(2, f"process 2 has been silent for {2 * GRACE_S:.0f} s")
+    assert main._find_lost_process() == LostProcess(2, f"process 2 has been silent for {2 * GRACE_S:.0f} s")

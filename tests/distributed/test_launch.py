@@ -1,4 +1,4 @@
-"""Who am I, as each launcher says it."""
+"""Rank and world size from the variables of each launcher."""
 
 import pytest
 
@@ -17,7 +17,7 @@ SLURM = {
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    """SLURM's program, whose answer is known for this one list; tests/slurm asks the real one."""
+    """A stand-in for SLURM's program that knows this one list; tests/slurm uses the real one."""
     program = tmp_path / "scontrol"
     program.write_text(
         '#!/bin/sh\n[ "$*" = "show hostnames node[001-002],other" ] && printf "node001\\nnode002\\nother\\n"\n'
@@ -61,5 +61,5 @@ def test_a_part_of_torchruns_variables_is_an_error():
 
 def test_a_node_list_without_slurms_program(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match=r"scontrol cannot tell the hosts of .*'node\[001-002\],other'"):
+    with pytest.raises(ValueError, match=r"scontrol cannot list the hosts of .*'node\[001-002\],other'"):
         find_launch(SLURM)

@@ -64,7 +64,7 @@ def test_random_weights():
     assert model.patch_size == 8 and not model.training and model.preprocessing is None
     assert model(images(64)).shape == (2, 192)
     assert ENTRY_POINTS["dinov2_eq_vits14"](pretrained=False, depth=1).patch_embed.num_patches == 256
-    assert "leave weights and projection out" in refusal(TINY, pretrained=False, weights="split")
+    assert "omit weights and projection" in refusal(TINY, pretrained=False, weights="split")
 
 
 def test_the_default_release(released, runs):
@@ -95,7 +95,7 @@ def test_invariant_and_equivariant_features(released, runs):
     torch.testing.assert_close(features.equivariant[:, 1:], features.patches @ equivariant.T, atol=1e-5, rtol=0)
     assert model.preprocessing["image_size"] == 32
     text = refusal(TINY_REG, weights="plain", projection=True)
-    assert "comes without a projection" in text and "released are: split (dinov2_eq_vitt8)" in text
+    assert "has no projection" in text and "released weights: split (dinov2_eq_vitt8)" in text
 
 
 @torch.no_grad()
@@ -178,14 +178,14 @@ def test_an_installed_package_has_its_weights_inside(released, tmp_path, monkeyp
     monkeypatch.setattr("dinov2_eq.hub.manifest.PACKAGE", tmp_path / "site" / "dinov2_eq")
     assert weights_folder() == tmp_path / "site" / "dinov2_eq" / "weights" and TINY().n_blocks == 1
     monkeypatch.setattr("dinov2_eq.hub.manifest.PACKAGE", tmp_path / "nowhere")
-    assert "released are: none yet" in refusal(TINY)
+    assert "released weights: none yet" in refusal(TINY)
 
 
 def test_refusals(released):
     text = refusal(ENTRY_POINTS["dinov2_eq_vits14"])
     assert "No weights are released for dinov2_eq_vits14" in text and "pretrained=False" in text
-    assert "released are: plain (dinov2_eq_vitt8_reg), split (dinov2_eq_vitt8)" in text
-    assert "is no release, no file and no URL" in refusal(TINY, weights="splt", error=FileNotFoundError)
+    assert "released weights: plain (dinov2_eq_vitt8_reg), split (dinov2_eq_vitt8)" in text
+    assert "is neither a release, a file nor a URL" in refusal(TINY, weights="splt", error=FileNotFoundError)
     assert "are for dinov2_eq_vitt8_reg, not for dinov2_eq_vitt8" in refusal(TINY, weights="plain")
     assert "not for dinov2_eq_vits8" in refusal(ENTRY_POINTS["dinov2_eq_vits8"], weights="split")
     assert "not for dinov2_eq_vitt16" in refusal(ENTRY_POINTS["dinov2_eq_vitt16"], weights="split")

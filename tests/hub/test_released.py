@@ -1,4 +1,4 @@
-"""The weights that come with a checkout: small, whole, and what the manifest says."""
+"""The released weights in the checkout are small and complete, and match the manifest."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_it_loads_and_is_what_the_manifest_says(name):
 
 @torch.no_grad()
 def test_pretrained_from_a_checkout():
-    """As the README loads it."""
+    """Loads it as in the README."""
     model = torch.hub.load(str(ROOT), "dinov2_eq_vitt8", source="local", pretrained=True)
     (default,) = (name for name, release in RELEASES.items() if release.default)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))

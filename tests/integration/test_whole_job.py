@@ -1,4 +1,4 @@
-"""The whole job as a newcomer does it, on a small scale: two runs, both probes, one page in a browser."""
+"""The workflow of a new user on a small scale: two runs, both probes, one page in a browser."""
 
 import json
 from pathlib import Path

@@ -22,7 +22,7 @@ def fresh_choice():
 
 
 def usable(backend: str) -> torch.device:
-    """The device to test the backend on; skips where it does not run at all."""
+    """The device to test the backend on; skips the test if it does not run anywhere."""
     if backend == "sdpa":
         return CPU
     if not torch.cuda.is_available():
@@ -34,7 +34,7 @@ def usable(backend: str) -> torch.device:
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """One query, one head at a time: [N, heads, d], [M, heads, d] -> [N, heads, d]."""
+    """Slow attention, one query and head at a time: [N, heads, d], [M, heads, d] -> [N, heads, d]."""
     out = torch.zeros_like(query)
     for n in range(query.shape[0]):
         for head in range(query.shape[1]):
@@ -85,7 +85,7 @@ def test_block_diagonal_mask():
 
 @pytest.mark.parametrize("several", [False, True])
 def test_xformers_call(monkeypatch, several):
-    """Layout and bias of the call, with a stand-in for the kernel that the CPU lacks."""
+    """Checks layout and bias of the call with a stand-in for the kernel, which the CPU lacks."""
     xops = pytest.importorskip("xformers.ops", reason="xformers is not installed")
 
     def kernel(query, key, value, attn_bias=None):  # [B, N, heads, d]
@@ -162,7 +162,7 @@ def test_xformers_that_works(monkeypatch):
 
 
 def test_xformers_trial_on_cpu():
-    """Whatever is installed: on a CPU there is a reason, not a crash."""
+    """On a CPU there is a reason and not a crash, whatever is installed."""
     with pytest.raises(ValueError, match=r"cannot be used on cpu with torch\.float32: .*Error: "):
         Attention(16, 2, backend="xformers")(torch.randn(1, 3, 16))
 

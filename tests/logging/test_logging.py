@@ -1,4 +1,4 @@
-"""Logging stops nobody: not with a lost terminal, not with a full disk, not with names that are no text."""
+"""Logging never fails: not on a lost terminal, a full disk, or names that are not valid Unicode."""
 
 import errno
 import io
@@ -17,7 +17,7 @@ LATIN_1 = os.fsdecode(b"caf\xe9.png")
 
 @pytest.fixture
 def log(tmp_path):
-    """The log file of a run in `tmp_path`; afterwards logging is as it was."""
+    """The log file of a run in `tmp_path`; resets logging afterwards."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     root.handlers = []
@@ -29,7 +29,7 @@ def log(tmp_path):
 
 
 class Lost(io.StringIO):
-    """A terminal, or a pipe, that nobody reads any more."""
+    """A terminal or pipe whose reader is gone."""
 
     def __init__(self, error):
         super().__init__()
@@ -64,7 +64,7 @@ def test_a_closed_stderr_is_no_error(log, monkeypatch):
 
 
 def test_names_that_are_no_text_are_escaped(log):
-    """By a logger that the test runner does not listen to: it could not write the name either."""
+    """Uses a logger that the test runner does not capture, because it could not write the name either."""
     logger = logging.Logger("alone")
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.FileHandler):

@@ -1,4 +1,4 @@
-"""Weights under any known names give the features that the model they come from gives."""
+"""Weights under all known names give the same features as the model that they come from."""
 
 import logging
 import re
@@ -32,7 +32,7 @@ HF |= {"image_size": SIDE, "patch_size": PATCH, "layer_norm_eps": 1e-6}
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """No tensor at a special value, so that none can be lost or exchanged unnoticed."""
+    """Fills all tensors with random values, so that none can be lost or exchanged unnoticed."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
@@ -49,7 +49,7 @@ def images(height=42, width=84, channels=3):
 
 
 def load(state, **changes) -> DinoVisionTransformer:
-    """The backbone that the weights themselves describe, filled with them."""
+    """Builds the backbone that is inferred from the weights, and loads them."""
     weights = to_dinov2(state)
     backbone = DinoVisionTransformer(**{**infer_architecture(weights), **changes})
     fitted, notes = adapt(weights, backbone)
@@ -274,7 +274,7 @@ def test_another_image_size_gives_the_features_of_the_original_at_that_size(how,
 
 
 def smooth_patches(size):
-    """[64, 3, size, size]: each a few slow waves, sampled at the centres of the pixels."""
+    """Images [64, 3, size, size] of a few slow waves, sampled at the centres of the pixels."""
     generator = torch.Generator().manual_seed(2)
     coarse = torch.randn(64, 3, 4, 4, generator=generator, dtype=torch.float64)
     return F.interpolate(F.interpolate(coarse, 56, mode="bicubic"), size, mode="bilinear", antialias=True).float()

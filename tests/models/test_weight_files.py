@@ -213,4 +213,4 @@ def test_code_in_a_file_is_refused_and_never_run(tmp_path, monkeypatch):
 
 def test_no_weights(tmp_path):
     torch.save([1, 2], tmp_path / "w.pth")
-    assert "no dict but list" in message(tmp_path / "w.pth")
+    assert "it is not a dict but a list" in message(tmp_path / "w.pth")

@@ -77,6 +77,6 @@ def test_parts_change_nothing(monkeypatch):
 
 
 def test_no_queries():
-    """What the last of many processes may have."""
+    """No queries at all, as the last of many processes may have."""
     distances, indices = nearest_neighbours(torch.empty(0, DIM), rows(5, 1.0, 0), 2)
     assert distances.shape == indices.shape == (0, 2)

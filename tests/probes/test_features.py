@@ -103,7 +103,7 @@ def numbered_batches(indices, broken=None):
 
 
 def encode_all(num_images):
-    """(all features, own features, share, what a NaN in the last image says)"""
+    """Returns all features, the own ones, the share, and the error for a NaN in the last image."""
     indices = 3 * torch.arange(num_images).numpy()
     device = torch.device("cpu")
     together = encode_together(torch.square, numbered_batches, indices, device)

@@ -61,7 +61,7 @@ def test_top5_and_its_absence_with_few_classes(data):
 
 
 def nearly_alike(spread):
-    """The clusters as float32 features that agree in all but the last digits."""
+    """The clusters, as float32 features that only differ in their last digits."""
     train, train_labels, val, val_labels = make_clusters()
     base = 1 + torch.rand(12, generator=torch.Generator().manual_seed(1))
     return (base + spread * train).float(), train_labels, (base + spread * val).float(), val_labels
@@ -70,7 +70,7 @@ def nearly_alike(spread):
 @pytest.mark.parametrize("spread", [1e-4, 1e-6])
 @pytest.mark.parametrize("k", [1, 20])
 def test_features_that_are_nearly_alike(spread, k):
-    """Cosines then differ by 1e-9 and 1e-13; float32 tells 6e-8 apart. The oracle computes in float64."""
+    """Cosines then differ by 1e-9 and 1e-13, and float32 resolves 6e-8. The oracle computes in float64."""
     train, train_labels, val, val_labels = nearly_alike(spread)
     assert F.cosine_similarity(train[:1], train).min() > 1 - 1e-6
     oracle = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
@@ -102,7 +102,7 @@ def test_validation_labels_unknown_to_training_are_wrong_not_an_error(data):
 
 
 def test_too_many_neighbours(data):
-    with pytest.raises(ValueError, match=r"k = 121, 500 cannot vote among 120 training images"):
+    with pytest.raises(ValueError, match=r"k = 121, 500 is impossible with 120 training images"):
         knn_accuracy(*data, [5, 121, 500])
 
 

@@ -30,7 +30,7 @@ def train(features, labels, first=0, training=None, total=STEPS, **grid):
 
 
 def heads(grid):
-    """{name: (weight, bias)}"""
+    """Weight and bias of each head by its name."""
     weights = [weight for stack in grid.weights for weight in stack]
     biases = [bias for stack in grid.biases for bias in stack]
     return {spec.name: pair for spec, *pair in zip(grid.specs, weights, biases, strict=True)}
@@ -53,7 +53,7 @@ def test_the_grid_is_dinov2s_and_no_name_occurs_twice():
 
 
 def test_each_head_reads_the_blocks_it_should():
-    """Against the concatenation that DINOv2 makes."""
+    """The oracle is the concatenation in DINOv2."""
     features = torch.randn(6, 5 * DIM)
     *cls_tokens, mean_patch = features.split(DIM, dim=1)  # of the last 4 blocks in order of depth
     grid = HeadGrid(DIM, CLASSES)
@@ -102,7 +102,7 @@ def test_separable_data_reach_100_percent():
     features = torch.eye(CLASSES, 5 * DIM)[labels].repeat(1, 1, 1) * 3
     features[..., 3 * DIM :] = torch.eye(CLASSES, 2 * DIM)[labels] * 3
     training = train(features, labels, total=60, learning_rates=[0.1, 1.0])
-    hits = training.grid.count_hits(features[0], labels[0])
+    hits = training.grid.score(features[0], labels[0])
     assert hits.top1_percent("mean_accuracy").max() == 100
 
 
@@ -113,7 +113,7 @@ def test_answers_chosen_from_some_classes():
     kept = features[0][labels[0] != 1]
     meaning = labels[0][labels[0] != 1]
     answers = grid(kept)[:, :, chosen].argmax(dim=2)  # [n, H]
-    hits = grid.count_hits(kept, (meaning == 0).long(), chosen)
+    hits = grid.score(kept, (meaning == 0).long(), chosen)
     right = (chosen[answers] == meaning[:, None]).double()
     assert torch.equal(hits.top1.sum(dim=1), right.sum(dim=0)) and hits.total.tolist() == [
         (meaning == 2).sum(),
@@ -127,7 +127,7 @@ def test_shuffled_labels_give_chance():
     shuffled = labels.flatten()[torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(2))]
     for found, reached in ((shuffled.view_as(labels), (28, 39)), (labels, (90, 100))):
         grid = train(features[:60], found[:60], total=60).grid
-        hits = grid.count_hits(features[60:].flatten(0, 1), found[60:].flatten())
+        hits = grid.score(features[60:].flatten(0, 1), found[60:].flatten())
         assert reached[0] < hits.top1_percent("mean_accuracy").max() <= reached[1]
 
 
@@ -158,14 +158,14 @@ def train_a_share():
     with process_group(find_launch(), torch.device("cpu"), 30):
         features, labels = (batches.chunk(get_world_size(), dim=1)[get_rank()] for batches in data())
         grid = train(features, labels).grid
-        hits = grid.count_hits(features.flatten(0, 1), labels.flatten()).summed()
+        hits = grid.score(features.flatten(0, 1), labels.flatten()).summed()
         return {name: tensor.numpy() for name, tensor in grid.state_dict().items()}, hits.top1.numpy()
 
 
 def test_two_processes_equal_one():
     features, labels = data()
     whole = train(features, labels).grid
-    hits = whole.count_hits(features.flatten(0, 1), labels.flatten())
+    hits = whole.score(features.flatten(0, 1), labels.flatten())
     for state, top1 in run_ranks(train_a_share, 2):
         for name, tensor in whole.state_dict().items():
             assert state[name] == pytest.approx(tensor.numpy(), rel=0, abs=1e-5)

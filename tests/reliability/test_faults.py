@@ -1,4 +1,4 @@
-"""Something happens to one process of two: what both do, and how the run goes on."""
+"""Faults of one process of two: what both do, and how the run resumes."""
 
 import os
 import re
@@ -26,7 +26,7 @@ NAME = r"process {} \(host .+, pid \d+\)"
 
 @pytest.fixture(scope="module")
 def struck(tmp_path_factory) -> Iterator[dict[str, tuple[Run, list[Process]]]]:
-    """Runs to which something happens that takes long to be noticed, with their processes: all wait together."""
+    """Runs with faults that take long to be noticed; they are started together, so that they wait together."""
     runs = {fault: Run(tmp_path_factory.mktemp("struck")) for fault in ("kill 1", "stop 1", "stop 0", "memory 1")}
     processes = {fault: run.start(fault=f"{fault} 6") for fault, run in runs.items()}
     yield {fault: (runs[fault], processes[fault]) for fault in runs}
@@ -43,7 +43,7 @@ def test_a_process_is_killed(struck, uninterrupted):
 
 def test_the_main_process_is_killed(run, uninterrupted):
     assert run.train(fault="kill 0 6") == [KILLED, 5]
-    assert re.search(NAME.format(0) + " hosts the connection of all, and no longer answers", run.printed(1))
+    assert re.search(NAME.format(0) + " hosts the store of all processes and no longer responds", run.printed(1))
     run.stopped_after(uninterrupted, 4)
 
 
@@ -73,10 +73,10 @@ def test_a_process_hangs(struck, uninterrupted):
 
 
 def test_the_main_process_hangs(struck, uninterrupted):
-    """Its store answers nothing, and torch would wait for ever."""
+    """Its store does not respond, and torch would wait forever."""
     run, (hung, other) = struck["stop 0"]
     assert exit_codes([other]) == [5]
-    assert re.search(NAME.format(0) + " hosts the connection of all, and no longer answers", run.printed(1))
+    assert re.search(NAME.format(0) + " hosts the store of all processes and no longer responds", run.printed(1))
     assert hung.exitcode is None
     os.kill(hung.pid, signal.SIGCONT)
     assert exit_codes([hung]) == [5]
@@ -89,7 +89,7 @@ def test_a_signal_to_one_process(run, uninterrupted):
     assert run.train(fault="usr2 1 2") == [4, 4]  # its second step is the fifth
     for rank in (0, 1):
         for name, step in {"SIGTERM": 3, "SIGUSR2": 5}.items():
-            stop = f"dinov2-eq: stopped by {name} after step {step}, saved; the same command goes on from there"
+            stop = f"dinov2-eq: stopped by {name} after step {step}, saved; rerun the same command to resume"
             assert stop in run.printed(rank)
     run.goes_on(uninterrupted, 5)
 
@@ -102,7 +102,7 @@ def test_a_mistake_in_one_process(run, uninterrupted):
 
 
 def test_an_error_of_one_process_that_may_be_another_ones_fault(struck, uninterrupted):
-    """torch raises RuntimeError for what is wrong here and for a lost connection."""
+    """torch raises RuntimeError for an error here as well as for a lost connection."""
     run, processes = struck["memory 1"]
     assert exit_codes(processes) == [5, 1]
     assert re.search(NAME.format(1) + " stopped: RuntimeError: out of memory", run.printed(0))

@@ -1,4 +1,4 @@
-"""torchrun and the console program, as typed: what becomes of a run."""
+"""Runs that are started with torchrun and the console program, as a user types it."""
 
 import os
 import re
@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 
 
 def start(run: Run, *flags: str) -> subprocess.Popen:
-    """torchrun in the folder of the run; what it prints goes where that of process 0 goes."""
+    """Starts torchrun in the folder of the run; its output goes to the file of process 0."""
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     torchrun = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", *flags, "--no-python", BIN / "dinov2-eq"]
     with open(run.folder / "terminal.0.txt", "a") as terminal:
@@ -43,7 +43,7 @@ def test_torchrun_starts_a_killed_run_again_and_passes_sigterm_on(run, uninterru
 
 
 def await_fault(run: Run) -> None:
-    """Until the run has come to the step of its fault."""
+    """Waits until the run has reached the step of its fault."""
     deadline = time.monotonic() + 240
     while (run.folder / FAULT).exists():
         assert time.monotonic() < deadline, run.printed(0)

@@ -1,4 +1,4 @@
-"""Something happens to the files of a run: what is said, which checkpoint counts, and how the run goes on."""
+"""Faults of the files of a run: the message, the checkpoint that is used, and how the run resumes."""
 
 import os
 import re
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.cluster
 
 
 def test_a_process_is_killed_during_the_last_save(run, uninterrupted):
-    """The others do not train, they wait for the save."""
+    """The others are not training but waiting for the save."""
     assert run.train(fault=f"kill_as_it_writes 1 {STEPS - 1}") == [5, -signal.SIGKILL]
     assert re.search(r"process 1 \(host .+, pid \d+\) has been silent", run.printed(0))
     run.stopped_after(uninterrupted, STEPS - PERIOD_STEPS)
@@ -65,14 +65,14 @@ def test_every_checkpoint_is_damaged(run, uninterrupted):
     assert run.train() == [2, 2]
     assert re.search(
         r"No checkpoint of this run can be resumed from:\n +run/checkpoints/4: .*\n +run/checkpoints/2:"
-        r".*\nRestore one of these folders, or start again with --no-resume",
+        r".*\nRestore one of these folders, or start over with --no-resume",
         run.printed(0),
     )
     assert run.names_of_checkpoints() == ["2", "4"]
 
 
 def test_clocks_that_disagree(run, uninterrupted):
-    """The highest step counts, not the newest date; nor do dates of other files matter."""
+    """Checkpoints are ordered by step, and dates of files do not matter."""
     run.copied_from(uninterrupted, 4)
     day, now = 24 * 3600, time.time()
     for days, path in enumerate(sorted((run.folder / RUN).rglob("*"), reverse=True)):

@@ -1,4 +1,4 @@
-"""What a run finds where it is started: another run, little shared memory, a taken port, nobody who listens."""
+"""Faults of the surroundings of a run: another run, little shared memory, a used port, a lost terminal."""
 
 import os
 import re
@@ -43,7 +43,7 @@ def forget_the_launcher() -> None:
 
 
 def train_with_variables(folder: Path, variables: dict[str, str]) -> None:
-    """`dinov2-eq train` in a process that has these variables of launchers only, with its terminal in a file."""
+    """Starts `dinov2-eq train` with only these variables of launchers, and with its terminal in a file."""
     forget_the_launcher()
     os.environ.update(variables)
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -107,7 +107,7 @@ def test_a_port_that_is_taken(tmp_path):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 4)])
 def test_a_single_process_in_a_shell_of_srun(tmp_path, signum, code):
-    """It waits for the other task of the shell, says so at once, and can be ended."""
+    """The process waits for the other task of the shell, says so at once, and can be stopped."""
     variables = {
         **{"SLURM_JOB_ID": "79", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"},
         **{"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "localhost"},

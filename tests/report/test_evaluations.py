@@ -1,4 +1,4 @@
-"""The page of `dinov2-eq eval all`: every number in its place, and what is missing by name."""
+"""The page of `dinov2-eq eval all` has every number in its place, and names what is missing."""
 
 from dinov2_eq.report import render_evaluations
 from tests.browser import needs_browser, opened, require_sound

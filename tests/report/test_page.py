@@ -81,7 +81,7 @@ def equivariance_rows() -> list[dict]:
 
 
 def color_features(images: np.ndarray) -> np.ndarray:
-    """Patch tokens that turn with the image: the mean colour of each 4-pixel patch."""
+    """Patch tokens that rotate with the image: the mean colour of each 4-pixel patch."""
     batch, height, width, _ = images.shape
     return images.reshape(batch, height // 4, 4, width // 4, 4, 3).mean(axis=(2, 4))
 

@@ -57,5 +57,5 @@ def test_data_with_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
 
 
 def test_not_a_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no run folder"):
+    with pytest.raises(ValueError, match="not a run folder"):
         report.main([str(tmp_path)])

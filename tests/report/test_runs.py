@@ -39,7 +39,7 @@ def test_names_tell_runs_apart(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_names_what_was_expected(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no run folder(.|\n)*training_metrics.jsonl(.|\n)*results_eval_knn.json"):
+    with pytest.raises(ValueError, match=r"not a run folder(.|\n)*training_metrics.jsonl(.|\n)*results_eval_knn.json"):
         load_runs([tmp_path])
 
 
@@ -104,10 +104,10 @@ def test_samples_cut_off_anywhere_or_no_samples_at_all(tmp_path: Path) -> None:
     assert load_snapshot(path).base_view.shape == (2, 8, 8, 3)
     for length in range(0, len(whole), 23):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=f"{path} is no samples file, or it was cut off"):
+        with pytest.raises(ValueError, match=f"{path} is not a samples file, or it was cut off"):
             load_snapshot(path)
     for changes in ({"theta": np.zeros(3)}, {"base_view": np.zeros((8, 8, 3), np.uint8)}):
-        with pytest.raises(ValueError, match=rf"{path}: \w+ has \d dimensions, and should have"):
+        with pytest.raises(ValueError, match=rf"{path}: \w+ has \d dimensions, expected"):
             load_snapshot(samples(tmp_path, **changes))
 
 

@@ -36,7 +36,7 @@ def run_folder(tmp_path_factory) -> Path:
 
 
 def script(capsys, *arguments: str) -> list[str]:
-    """Lines of the sbatch script."""
+    """The lines of the sbatch script."""
     assert main([*TRAIN, "--print-sbatch", *arguments]) == 0
     return capsys.readouterr().out.splitlines()
 
@@ -101,7 +101,7 @@ def test_names_that_dinov2_has(capsys):
 
 def test_the_plan_counts_all_processes(capsys):
     assert main([*TRAIN, "--nodes", "2", "--dry-run", "--cluster", "local"]) == 2
-    assert "--nodes 2: --cluster local is this host alone" in capsys.readouterr().err
+    assert "--nodes 2: --cluster local only uses this host" in capsys.readouterr().err
     assert main([*TRAIN, "--tasks-per-node", "3", "--dry-run"]) == 0
     output = capsys.readouterr().out
     assert "--cluster local, as sbatch is not on PATH" in output and "effective batch    12 images" in output
@@ -185,7 +185,7 @@ def test_evaluations_check_without_computing(name, run_folder, tmp_path, capsys)
     before = sorted(run_folder.rglob("*"))
     command = ["submit", name, "--dry-run", "--output-dir", str(tmp_path / "out"), *DATA]
     assert main([*command, "--pretrained-weights", str(run_folder)]) == 0
-    assert "encoder and data are there" in capsys.readouterr().out
+    assert "encoder and data are available" in capsys.readouterr().out
     assert sorted(run_folder.rglob("*")) == before and list(tmp_path.iterdir()) == []
     assert main([*command, "--pretrained-weights", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
@@ -193,7 +193,7 @@ def test_evaluations_check_without_computing(name, run_folder, tmp_path, capsys)
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_no_flag_means_two_things(name):
-    """All flags stand on one line, so submit must take none that belongs to the program."""
+    """All flags are on one command line, so submit must not take any that belongs to the program."""
     program = importlib.import_module(COMMANDS[PROGRAMS[name]][0]).build_parser()
     flags = [set(parser._option_string_actions) - {"-h", "--help"} for parser in (program, build_parser())]
     assert not flags[0] & flags[1]
@@ -205,7 +205,7 @@ def test_gpus_that_are_not_this_users_stay_hidden(monkeypatch):
     assert local_parameters(args, Resources(1, 2, 2))["visible_gpus"] == (4, 5)
     assert local_parameters(args, Resources(1, 0, 1))["visible_gpus"] == ()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-0a1b")
-    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=GPU-0a1b: name the GPUs by numbers"):
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=GPU-0a1b: list the GPUs by number"):
         local_parameters(args, Resources(1, 1, 1))
 
 
@@ -217,7 +217,7 @@ def test_a_job_holds_strings_only():
 
 
 def test_two_processes_on_this_host(monkeypatch, capsys):
-    """They are ranked, and run a copy of code and settings, from where the job was submitted."""
+    """The processes have ranks, and run a copy of code and settings in the folder of the submission."""
     Path("modules").mkdir()
     Path("modules/mine.py").write_text(
         "from pathlib import Path\nimport dinov2_eq\nfrom dinov2_eq.equivariance.transforms import SE2\n"

@@ -40,7 +40,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(autouse=True)
 def working_directory(tmp_path, monkeypatch) -> None:
-    """Programs of this environment are found, and so is the module `slow`."""
+    """Puts the programs of this environment on PATH, and the module `slow` on PYTHONPATH."""
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.syspath_prepend(Path(__file__).parent)
@@ -55,7 +55,7 @@ class Job:
         self.number, self.folder, self.log = number, folder, log
 
     def facts(self) -> dict[str, str]:
-        """What SLURM says of the job: JobState, ExitCode, Restarts, ..."""
+        """The fields that SLURM shows for the job: JobState, ExitCode, Restarts, ..."""
         return dict(re.findall(r"(\w+)=(\S+)", run("scontrol", "show", "job", self.number)))
 
     def restarts(self) -> int:
@@ -81,14 +81,14 @@ class Job:
         self.wait_until(lambda: self.step() >= step + num_steps)
 
     def is_queued_again_by(self, event: Callable[[], object]) -> None:
-        """Lets the run go on for some steps, and then the event happen."""
+        """Lets the run make some steps, calls `event`, and waits until SLURM has restarted the job."""
         self.goes_on()
         restarts = self.restarts()
         event()
         self.wait_until(lambda: self.restarts() > restarts)
 
     def ends(self, state: str) -> str:
-        """Waits for the end, which must be `state`; returns the exit code, "code:signal"."""
+        """Waits until the job ends, which must be in `state`; returns its exit code as "code:signal"."""
         self.wait_until(lambda: self.facts()["JobState"] in ENDED)
         assert self.facts()["JobState"] == state, self.log_lines()
         return self.facts()["ExitCode"]
@@ -104,7 +104,7 @@ def submitted(*arguments: str) -> Job:
 
 
 def teacher(folder: Path) -> dict[str, torch.Tensor]:
-    """Its parameters at the end of a run."""
+    """The parameters of the teacher at the end of a run."""
     (path,) = folder.glob("eval/training_*/teacher_checkpoint.pth")
     return torch.load(path)["teacher"]
 
@@ -115,7 +115,7 @@ def train(folder: str, overrides: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Callable[..., dict[str, torch.Tensor]]:
-    """The teacher that so many processes reach when nothing happens to them."""
+    """The teacher of an undisturbed run with the given number of processes."""
 
     @cache
     def teacher_of(world_size: int, per_node: int, *overrides: str) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""`cifar10_study.sh` with a program in place of dinov2-eq that only writes down how it was called."""
+"""Runs `cifar10_study.sh` with a program in place of dinov2-eq that only records its arguments."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_recipes_are_trained_and_probed(tmp_path):
-    """Those that are named, or else all; each command is one that dinov2-eq takes."""
+    """Runs the named recipes, or else all, with commands that dinov2-eq accepts."""
     program = tmp_path / "dinov2-eq"
     program.write_text(f'#!/bin/sh\necho "$*" >>"{tmp_path}/calls"\n')
     program.chmod(0o755)

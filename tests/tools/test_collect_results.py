@@ -85,7 +85,9 @@ def test_neighbours_of_the_table(tmp_path):
 
 def test_probed_otherwise(tmp_path):
     runs = [write_run(tmp_path / "a", epochs=15), write_run(tmp_path / "b", epochs=50)]
-    with pytest.raises(ValueError, match=r"knn results of .*/b do not compare with .*/a: epochs is 50, not 15"):
+    with pytest.raises(
+        ValueError, match=r"knn results of .*/b cannot be compared with those of .*/a: epochs is 50, not 15"
+    ):
         collect(tmp_path, runs)
     assert not (tmp_path / "results").exists()
 

@@ -1,4 +1,4 @@
-"""k-NN and R2 over the steps of a run that continued, as the trainer and the probe leave them."""
+"""k-NN and R2 over the steps of a continued run, from files as the trainer and the probe write them."""
 
 import json
 import xml.etree.ElementTree as ElementTree

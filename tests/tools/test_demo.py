@@ -1,4 +1,4 @@
-"""`demo.sh` with a program in place of dinov2-eq that only writes down how it was called."""
+"""Runs `demo.sh` with a program in place of dinov2-eq that only records its arguments."""
 
 import os
 import subprocess

@@ -18,13 +18,13 @@ CHECKS = {"launch", "versions", "devices", "compile", "slurm", "attention", "dat
 
 
 def parse(output):
-    """(level, check, text) of each line"""
+    """Splits the output into (level, check, text) of each line."""
     return [tuple(line.split(maxsplit=2)) for line in output.splitlines()]
 
 
 @pytest.fixture
 def doctor(capsys, monkeypatch):
-    """Gives (exit code, lines) of a call with the recipe `debug` and more arguments."""
+    """Runs the doctor on the recipe `debug` with more arguments; returns exit code and lines."""
     monkeypatch.setattr(program, "READING_S", 0.1)
 
     def call(*arguments):
@@ -45,14 +45,14 @@ def test_a_machine_that_is_well(doctor, tmp_path):
     assert {name for _, name, _ in lines} == CHECKS
     [versions] = texts(lines, "versions", "ok")
     assert "torch " in versions and "submitit " in versions and "pytest" not in versions
-    assert any("0 workers: " in text and "images a second" in text for text in texts(lines, "data", "ok"))
+    assert any("0 workers: " in text and "images per second" in text for text in texts(lines, "data", "ok"))
     assert any("1 workers: " in text for text in texts(lines, "data", "ok"))
     assert any("sdpa for torch.float32 on cpu" in text for text in texts(lines, "attention", "ok"))
     assert any("4 checkpoints of" in text for text in texts(lines, "disk", "ok"))
 
 
 def what_it_prints():
-    """And its exit code."""
+    """The output of a process, and its exit code."""
     with redirect_stdout(StringIO()) as output, pytest.raises(SystemExit) as stop:
         program.main(["--config-file", "debug"])
     return output.getvalue(), stop.value.code
@@ -112,7 +112,7 @@ def test_slurm_that_is_expected_and_does_not_answer(doctor, tmp_path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("SLURM_CONF", raising=False)
     code, lines = doctor("--slurm")
-    assert code == 2 and "SLURM does not answer" in texts(lines, "slurm", "fix")[0]
+    assert code == 2 and "SLURM does not respond" in texts(lines, "slurm", "fix")[0]
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -123,7 +123,7 @@ def test_two_nodes_of_a_real_slurm():
         done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     lines = parse(done.stdout)
-    assert texts(lines, "launch", "ok") == ["slurm: 2 processes on 2 nodes, meeting at node1"]
+    assert texts(lines, "launch", "ok") == ["slurm: 2 processes on 2 nodes, connected through node1"]
     *_, link = texts(lines, "interconnect", "ok")
     assert "on node1" in link and "on node2" in link
     version, controller, partitions = texts(lines, "slurm", "ok")

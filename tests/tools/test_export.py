@@ -1,4 +1,4 @@
-"""Exports are loaded by the libraries they are for, by the code in their own README, and back by this project."""
+"""Exports load in their own libraries, with the code of their README, and in this project."""
 
 import json
 import re
@@ -52,7 +52,7 @@ RECIPES = {
 
 
 def randomised(backbone):
-    """No tensor at a special value, so that none can be lost or exchanged unnoticed."""
+    """Fills all tensors with random values, so that none can be lost or exchanged unnoticed."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in backbone.named_parameters():
         centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
@@ -61,7 +61,7 @@ def randomised(backbone):
 
 
 def checkpoint(folder, overrides=(), **changes) -> Path:
-    """A run folder as a training leaves it, with a teacher of random weights."""
+    """A run folder as training writes it, with a teacher of random weights."""
     config = tiny_config("train.dataset_path=ImageFolder:root=/secret/birds", *overrides)
     arguments = backbone_arguments(to_dict(config)["student"])
     backbone = randomised(build_backbone(**arguments, img_size=config.crops.global_crops_size))
@@ -88,7 +88,7 @@ def message(*arguments, error=ValueError, more=()):
 
 
 def follow_the_readme(folder, monkeypatch):
-    """Runs the code of a README.md where it says, and returns its images and tokens."""
+    """Runs the code of a README.md in its folder, and returns its images and tokens."""
     [code] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(folder)
     names = {}
@@ -104,13 +104,13 @@ def test_round_trip(tmp_path, recipe, monkeypatch, capsys):
     printed = capsys.readouterr().out
     own = {name: getattr(encoder.backbone, name) for name in ("interpolate_antialias", "interpolate_offset")}
     for target in CONVERTIBLE:
-        folder, (file, *_, as_there) = tmp_path / "out" / target, export.TARGETS[target]
+        folder, (file, *_, as_exported) = tmp_path / "out" / target, export.TARGETS[target]
         record = json.loads((folder / "export.json").read_text())
         assert len(record["checks"]) == 3 and all(check["difference"] < 1e-5 for check in record["checks"])
         assert f"{target}: pixels" in printed and str(folder) in printed
 
         images, found = follow_the_readme(folder, monkeypatch)
-        torch.testing.assert_close(found, tokens_of(as_there(encoder.backbone), images), atol=1e-5, rtol=0)
+        torch.testing.assert_close(found, tokens_of(as_exported(encoder.backbone), images), atol=1e-5, rtol=0)
 
         weights = to_dinov2(read_weights(folder / file))
         back = DinoVisionTransformer(**{**infer_architecture(weights), **own}).eval().requires_grad_(False)
@@ -132,7 +132,7 @@ def test_libraries_are_told_how_to_prepare_images(tmp_path):
 
 
 def test_where_positions_are_resized_otherwise_it_is_said(tmp_path):
-    """As trained: offset 0.1 and no antialiasing. timm and transformers have no offset, timm has antialiasing."""
+    """Trained with offset 0.1 and no antialiasing; timm and transformers have no offset, timm has antialiasing."""
     checkpoint(tmp_path / "run")
     run(tmp_path / "run", tmp_path / "out", "timm", "hf", "backbone")
     for target in ("timm", "hf", "backbone"):
@@ -141,7 +141,7 @@ def test_where_positions_are_resized_otherwise_it_is_said(tmp_path):
         assert all(check["height"] != check["width"] for check in others)
         assert all((check["difference_as_trained"] > 1e-3) == (target != "backbone") for check in others)
     card = (tmp_path / "out/timm/README.md").read_text()
-    assert "resized as timm does it: exactly, with antialiasing" in card
+    assert "resized as in timm: to the exact size, with antialiasing" in card
     assert f"| 16 x 56 | {others[0]['difference']:.2g} |" in (tmp_path / "out/backbone/README.md").read_text()
 
 
@@ -225,7 +225,7 @@ def test_the_card_is_filled_from_the_run(tmp_path, trained):
         "| parameters | 486,336 |",
         "| data | `Shapes:split=TRAIN:num=24:size=32` |",
         "| steps | 1 of 1 |",
-        "| images a step | 4, of 1 process |",
+        "| images per step | 4, over 1 process |",
         "| seed | 0 |",
         "transform se2, loss_weight 1.0",
         f"k-NN at step 1: {top1:.2f} % top-1",
@@ -233,9 +233,9 @@ def test_the_card_is_filled_from_the_run(tmp_path, trained):
         "| full: 20: top1 | 31.52 |",
         "| lr_0.1: accuracy: CIFAR10:split=TEST:root=cifar: top1 | 12.35 |",
         "| mean_zeros: r2_pooled | 0.625 |",
-        "`results_eval_logreg.json` is of another step and left out",
-        "A small run: it was shown 4 images",
-        "Heads, projection and decoders are not in it",
+        "`results_eval_logreg.json` is about another step and not shown",
+        "This was a small run: it saw 4 images",
+        "Heads, projection and decoders are not included",
         "Licence: Apache-2.0",
     ):
         assert words in card, words
@@ -243,15 +243,15 @@ def test_the_card_is_filled_from_the_run(tmp_path, trained):
     [release] = json.loads((tmp_path / "hub/manifest.json").read_text())["releases"].values()
     assert release["contains"] == ["backbone", "projection"] and release["steps"] == 1
     assert release["results"]["results_eval_knn.json: full: 20: top1"] == 31.52
-    assert "Heads and decoders are not in it" in (tmp_path / "hub/README.md").read_text()
+    assert "Heads and decoders are not included" in (tmp_path / "hub/README.md").read_text()
 
 
 def test_a_checkpoint_alone_has_a_card_too(tmp_path):
     checkpoint(tmp_path / "run", ["equivariance.enabled=false", "train.dataset_path=Folder:root=/data/caf\udce9"])
     run(tmp_path / "run/eval/training_7/teacher_checkpoint.pth", tmp_path / "out", "backbone")
     card = (tmp_path / "out/backbone/README.md").read_text()
-    assert "disabled: the plain base method" in card and "Nothing: no results lie in the run's folder." in card
-    assert "4 of each process; their number is unknown" in card and "A small run" not in card
+    assert "disabled: the plain base method" in card and "Nothing: there are no results in the run folder." in card
+    assert "4 in each process; the number of processes is unknown" in card and "a small run" not in card
     assert "root=caf\\udce9" in card  # a name that is not UTF-8
 
 
@@ -337,7 +337,7 @@ def test_nothing_is_replaced_unasked(tmp_path):
     assert (output / "backbone" / "backbone.pth").stat().st_size > 1000
     (output / "timm").mkdir()
     (output / "timm" / "precious").write_text("")
-    assert "is no earlier export" in message(source, output, "timm", error=FileExistsError, more=["--force"])
+    assert "is not an earlier export" in message(source, output, "timm", error=FileExistsError, more=["--force"])
     assert (output / "timm" / "precious").exists()
 
 
@@ -354,7 +354,7 @@ def test_other_checkpoints(tmp_path):
     assert "holds no teacher checkpoint" in message(tmp_path, output, "hf", error=FileNotFoundError)
     backbone = build_backbone("vit_tiny", patch_size=8, img_size=32, depth=1)
     torch.save(backbone.state_dict(), tmp_path / "weights.pth")
-    assert "carries no training config" in message(tmp_path / "weights.pth", output, "hf")
+    assert "contains no training config" in message(tmp_path / "weights.pth", output, "hf")
     (tmp_path / "run.yaml").write_text(
         "student: {arch: vit_tiny, depth: 1, patch_size: 8}\n"
         "crops: {global_crops_size: 32, local_crops_size: 16}\n"
@@ -363,8 +363,8 @@ def test_other_checkpoints(tmp_path):
     config = ["--config-file", str(tmp_path / "run.yaml")]
     run(tmp_path / "weights.pth", output, "backbone", more=config)
     assert "vit_tiny/8, unknown step" in (output / "backbone/README.md").read_text()
-    assert "does not say of which step" in message(tmp_path / "weights.pth", output, "safetensors", more=config)
-    assert "no teacher checkpoint with its config" in message(tmp_path / "weights.pth", output, "hub", more=config)
+    assert "does not contain its step" in message(tmp_path / "weights.pth", output, "safetensors", more=config)
+    assert "not a teacher checkpoint with config" in message(tmp_path / "weights.pth", output, "hub", more=config)
 
 
 def test_missing_packages(tmp_path, monkeypatch):

@@ -234,7 +234,7 @@ def test_resume_with_a_damaged_config(finished, tmp_path, content):
 
 def test_resume_with_another_architecture(finished, tmp_path):
     shutil.copytree(finished(SHORT), tmp_path, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match=r"is of another architecture: \d+ of \d+ tensors differ.*--no-resume"):
+    with pytest.raises(ValueError, match=r"has another architecture: \d+ of \d+ tensors differ.*--no-resume"):
         do_train(tiny_config("student.arch=vit_small"), tmp_path)
 
 

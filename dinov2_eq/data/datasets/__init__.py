@@ -1,4 +1,4 @@
-"""Datasets, made from data strings such as `ImageFolder:root=/data/birds`."""
+"""Datasets, built from data strings such as `ImageFolder:root=/data/birds`."""
 
 from collections.abc import Callable
 
@@ -10,8 +10,8 @@ from dinov2_eq.data.datasets.parquet import Parquet
 from dinov2_eq.data.datasets.shapes import Shapes
 from dinov2_eq.data.datasets.webdataset import ClassTars, WebDataset
 
-# A dataset of your own: one line here; the arguments of what it names are the keys of its data string. Where it is an
-# `EncodedImages`, the fields of `decode.Decoding` are keys, too.
+# To add your own dataset, add a line here. The arguments of the class or function are the keys of its data string; for
+# an `EncodedImages`, so are the fields of `decode.Decoding`.
 DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "Folder": Folder,
     "ImageFolder": ImageFolder,
@@ -25,10 +25,10 @@ DATASETS: dict[str, Callable[..., ImageDataset]] = {
 
 
 def build_dataset(string: str) -> ImageDataset:
-    """The dataset that a data string names.
+    """Builds the dataset that a data string describes.
 
     Raises:
-        DataError: the string, or what it points to, is wrong.
+        DataError: the string, or the data that it points to, is wrong.
     """
     return build_from_table(string, DATASETS)
 

@@ -1,4 +1,4 @@
-"""What every dataset offers, and the two errors of the data folder."""
+"""The interface of every dataset, and the two errors about data."""
 
 from abc import ABC, abstractmethod
 from functools import cached_property
@@ -8,14 +8,14 @@ from PIL import Image
 
 
 class DataError(ValueError):
-    """A data string, or what it points to, is wrong; the message says how to put it right."""
+    """A data string, or the data that it points to, is wrong; the message says how to fix it."""
 
 
 class UnreadableImage(Exception):
-    """One image cannot be decoded; training replaces it by another one.
+    """An image cannot be decoded; training replaces it with another one.
 
     Args:
-        rest: how many of the images that follow it cannot be read for the same reason.
+        rest: how many of the images after it cannot be read for the same reason.
     """
 
     def __init__(self, name: str, reason: str, rest: int = 0) -> None:
@@ -27,12 +27,12 @@ class ImageDataset(ABC):
     """Images by index, with or without labels. Instances are picklable and hold no open files."""
 
     data_string = ""  # what the user wrote
-    labels_hint = "Use a labelled dataset, such as ImageFolder:root=..."  # what to do where `labels` is None
-    # Where images can only be read many at once, [num_chunks] int64: the first index after each such chunk.
+    labels_hint = "Use a labelled dataset, such as ImageFolder:root=..."  # advice for when `labels` is None
+    # [num_chunks] int64, the first index after each chunk, if images can only be read in whole chunks.
     chunk_ends: np.ndarray | None = None
 
     def read_labels(self) -> tuple[np.ndarray | None, list[str] | None]:
-        """`labels` and `class_names`, for datasets that do not set them; called once, when somebody asks.
+        """Reads `labels` and `class_names`, for datasets that do not set them; called once, on first use.
 
         Raises:
             DataError: there are labels, but they cannot be used.
@@ -45,7 +45,9 @@ class ImageDataset(ABC):
 
     @cached_property
     def labels(self) -> np.ndarray | None:
-        """[len] int64, 0 .. num_classes - 1, negative for an image without one; None: no labels. Training never asks.
+        """Labels [len] int64, 0 .. num_classes - 1, negative for an unlabelled image; None: no labels at all.
+
+        Training does not read them.
 
         Raises:
             DataError: there are labels, but they cannot be used.
@@ -54,7 +56,7 @@ class ImageDataset(ABC):
 
     @cached_property
     def class_names(self) -> list[str] | None:
-        """The names of labels 0, 1, ...; None: they have none. Raises as `labels`."""
+        """Names of labels 0, 1, ...; None: they have no names. Raises the errors of `labels`."""
         return self._labels_and_names[1]
 
     @abstractmethod
@@ -62,11 +64,11 @@ class ImageDataset(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Where the image comes from, for messages."""
+        """Origin of the image, such as its path, for messages."""
 
     @abstractmethod
     def read(self, index: int) -> Image.Image:
-        """The image in mode RGB.
+        """Reads the image in mode RGB.
 
         Raises:
             UnreadableImage: the file is missing, broken or not an image.
@@ -74,10 +76,13 @@ class ImageDataset(ABC):
 
 
 def require_labels(dataset: ImageDataset, what: str) -> np.ndarray:
-    """The labels [len] int64, for a purpose (`what`: "k-NN", ...) that cannot do without.
+    """Returns the labels [len] int64 of a dataset that must have them.
+
+    Args:
+        what: the purpose, such as "k-NN", for messages.
 
     Raises:
-        DataError: the dataset has no labels, some images have none (negative labels), or they cannot be used.
+        DataError: the dataset has no labels, some images are unlabelled, or the labels cannot be used.
     """
     try:
         labels = dataset.labels
@@ -89,6 +94,6 @@ def require_labels(dataset: ImageDataset, what: str) -> np.ndarray:
     if num_missing:
         raise DataError(
             f"{what} needs labels, and {num_missing} of {len(dataset)} labels of {dataset.data_string!r} are negative, "
-            "which stands for unlabelled. Use a labelled split."
+            "which means unlabelled. Use a labelled split."
         )
     return labels

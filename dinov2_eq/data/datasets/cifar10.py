@@ -15,7 +15,7 @@ from dinov2_eq.data.datasets.parquet import Parquet
 BATCHES_FOLDER = "cifar-10-batches-py"
 BATCH_FILES = {"TRAIN": [f"data_batch_{number}" for number in range(1, 6)], "TEST": ["test_batch"]}
 CLASS_NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-# What pickles of arrays name, depending on the protocol; the first word of a module, and a name in it.
+# (top-level module, name) of everything that pickled arrays refer to, depending on the protocol.
 ARRAY_PARTS = {
     *(("numpy", name) for name in ("_reconstruct", "_frombuffer", "ndarray", "dtype")),
     ("_codecs", "encode"),
@@ -23,7 +23,7 @@ ARRAY_PARTS = {
 
 
 class _BatchUnpickler(pickle.Unpickler):
-    """Makes arrays and nothing else, whatever a damaged file asks for."""
+    """An unpickler that only creates arrays, even if a damaged file asks for something else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module.partition(".")[0], name) in ARRAY_PARTS:
@@ -32,7 +32,7 @@ class _BatchUnpickler(pickle.Unpickler):
 
 
 def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels [N, 3072] uint8 and labels [N] int64 of a file of the archive.
+    """Reads pixels [N, 3072] uint8 and labels [N] int64 from a file of the archive.
 
     Raises:
         DataError: the file is damaged.
@@ -50,7 +50,7 @@ def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class CIFAR10Batches(ImageDataset):
-    """The files of cifar-10-python.tar.gz, unpacked."""
+    """CIFAR-10 from the unpacked files of cifar-10-python.tar.gz."""
 
     def __init__(self, folder: Path, split: str) -> None:
         self.class_names = CLASS_NAMES
@@ -76,7 +76,7 @@ class CIFAR10Batches(ImageDataset):
 
 
 def cifar10(root: str, split: str = "TRAIN") -> ImageDataset:
-    """`root` holds cifar-10-batches-py/ (or is that folder), or train.parquet and test.parquet."""
+    """CIFAR-10 in `root`, which is or contains cifar-10-batches-py/, or contains train.parquet and test.parquet."""
     check_split(split, BATCH_FILES)
     folder = check_folder(root)
     for batches in (folder / BATCHES_FOLDER, folder):

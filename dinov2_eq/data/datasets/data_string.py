@@ -1,4 +1,4 @@
-"""Data strings: `Name:key=value:key=value`."""
+"""Parses data strings, `Name:key=value:key=value`, and builds the datasets that they describe."""
 
 import difflib
 import inspect
@@ -12,10 +12,10 @@ _OPTION = re.compile(r"""(?P<key>\w+)=(?:'(?P<single>[^']*)'|"(?P<double>[^"]*)"
 
 
 def parse_data_string(string: str) -> tuple[str, dict[str, str]]:
-    """Splits `Name:key=value:...`; a value that holds `:` is quoted, 'so' or "so".
+    """Splits `Name:key=value:...` into name and options; values that contain `:` are in single or double quotes.
 
     Raises:
-        DataError
+        DataError: the string is malformed, or gives a key twice.
     """
     name, _, rest = string.partition(":")
     options: dict[str, str] = {}
@@ -25,7 +25,7 @@ def parse_data_string(string: str) -> tuple[str, dict[str, str]]:
         if match is None:
             raise DataError(
                 f"Data string {string!r}: cannot read {rest[position:]!r}. Write Name:key=value:key=value, and quote "
-                "values that hold a colon: root='s3://bucket/images'."
+                "values that contain a colon: root='s3://bucket/images'."
             )
         if match["key"] in options:
             raise DataError(f"Data string {string!r}: {match['key']!r} is given twice.")
@@ -35,10 +35,10 @@ def parse_data_string(string: str) -> tuple[str, dict[str, str]]:
 
 
 def build_from_table(string: str, table: dict[str, Callable[..., ImageDataset]]) -> ImageDataset:
-    """Calls the entry of `table` that a data string names.
+    """Builds a dataset with the entry of `table` that a data string names.
 
-    The keys are the arguments of the entry, checked by its signature, and for datasets that decode files the fields of
-    `Decoding`.
+    The keys are the arguments of the entry, checked against its signature, and for datasets that decode files also the
+    fields of `Decoding`.
 
     Raises:
         DataError: unknown name or key, missing key, or a value of the wrong type.
@@ -64,7 +64,7 @@ def build_from_table(string: str, table: dict[str, Callable[..., ImageDataset]])
             dataset.decoding = decoding
         elif given:
             keys = "=... and ".join(given)
-            raise DataError(f"{keys}=... applies to image files only, and this dataset has none; leave it out.")
+            raise DataError(f"{keys}=... applies to image files only, and this dataset has none; omit it.")
     except DataError as error:
         raise DataError(f"Data string {string!r}: {error}") from None
     dataset.data_string = string
@@ -72,7 +72,7 @@ def build_from_table(string: str, table: dict[str, Callable[..., ImageDataset]])
 
 
 def _may_decode(entry: Callable[..., ImageDataset]) -> bool:
-    """Functions may; of classes, those that derive from `EncodedImages` do."""
+    """Whether an entry may build an `EncodedImages`: any function may, and classes that derive from it do."""
     return not inspect.isclass(entry) or issubclass(entry, EncodedImages)
 
 
@@ -95,7 +95,7 @@ def check_split(split: str, allowed: Iterable[str]) -> None:
 
 
 def _known(word: str, allowed: Iterable[str]) -> str:
-    """The end of a message about an unknown word."""
+    """Completes a message about an unknown word with the known ones and the nearest match."""
     allowed = list(allowed)
     nearest = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""

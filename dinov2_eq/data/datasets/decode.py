@@ -1,4 +1,4 @@
-"""Encoded images of any kind to 8-bit RGB, and the datasets that hold such images."""
+"""Decodes images of any format to 8-bit RGB, and the base class of datasets of encoded images."""
 
 import io
 import logging
@@ -20,7 +20,7 @@ from dinov2_eq.data.datasets.base import DataError, ImageDataset, UnreadableImag
 
 logger = logging.getLogger(__name__)
 
-# What Pillow's decoders raise on broken files, depending on the format.
+# Errors that Pillow's decoders raise on broken files, depending on the format.
 DECODE_ERRORS = (
     OSError,
     EOFError,
@@ -36,14 +36,14 @@ DECODE_ERRORS = (
     zlib.error,
 )
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "GIF", "TIFF", "BMP", "PPM")  # those of `listing.EXTENSIONS`
-LEVELS_OF_12_BITS = range(256, 4096)  # the brightest level of a 12-bit camera's picture; below, all is dark anyway
+LEVELS_OF_12_BITS = range(256, 4096)  # for the brightest level of a 12-bit image; below 256 it is dark in any case
 _pillow_limit = threading.Lock()
 _told: set[str] = set()
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How files become images; each field is a key in the data strings of all datasets that decode files."""
+    """Options for decoding image files; each field is a key in the data strings of all datasets that decode files."""
 
     exif: bool = False  # turn images upright by their EXIF orientation, which DINOv2 does not
     max_megapixels: float = 178.96  # larger images are unreadable; the default is twice Pillow's MAX_IMAGE_PIXELS
@@ -54,17 +54,17 @@ class Decoding:
 
 
 class EncodedImages(ImageDataset):
-    """Images that lie encoded in files; subclasses say where."""
+    """A dataset of encoded images; subclasses provide their content."""
 
     decoding = Decoding()
 
     @abstractmethod
     def content(self, index: int) -> bytes | Path:
-        """The encoded image, or the file that is one.
+        """The bytes of the encoded image, or the path of its file.
 
         Raises:
-            OSError, EOFError: the content cannot be read; `read` names the image.
-            UnreadableImage: likewise, with a name of its own.
+            OSError, EOFError: the content cannot be read; `read` adds the name of the image.
+            UnreadableImage: likewise, but it already names the image or a group of images.
         """
 
     def read(self, index: int) -> Image.Image:
@@ -78,15 +78,15 @@ class EncodedImages(ImageDataset):
 def decode_image(
     source: bytes | Path, name: Callable[[], str], decoding: Decoding = EncodedImages.decoding
 ) -> Image.Image:
-    """Decodes a file, or what is in it, to RGB; of several images in one file, the first.
+    """Decodes a file, or its bytes, to RGB; only the first image of a file with several.
 
-    TIFF files come out upright in any case, because Pillow turns them.
+    TIFF files are always upright, because Pillow rotates them itself.
 
     Args:
-        name: gives the name of the image, for messages; called only if there is one.
+        name: returns the name of the image; only called for messages.
 
     Raises:
-        UnreadableImage: no image, a broken one, or one of more than `decoding.max_megapixels`.
+        UnreadableImage: not an image, a broken one, or one with more than `decoding.max_megapixels`.
     """
     try:
         with _without_pillow_limit(), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -103,8 +103,8 @@ def decode_image(
                     image = ImageOps.exif_transpose(image)
                 else:
                     _tell_once(
-                        "%s and maybe others have an EXIF orientation, which is not applied, so they may lie on their "
-                        "side; add :exif=true to the data string to turn them upright",
+                        "%s and maybe others have an EXIF orientation, which is not applied, so they may be on their "
+                        "side; add :exif=true to the data string to rotate them upright",
                         name,
                     )
             return to_rgb(image, name)
@@ -117,7 +117,7 @@ def decode_image(
 
 
 def is_image(source: bytes | Path) -> bool:
-    """Whether this file, or its content, begins as an image of one of the `FORMATS`."""
+    """Whether a file, or its bytes, starts like an image of one of the `FORMATS`."""
     try:
         with _without_pillow_limit():
             Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS).close()
@@ -127,7 +127,7 @@ def is_image(source: bytes | Path) -> bool:
 
 
 def _is_turned(image: Image.Image) -> bool:
-    """Whether a loaded image has an EXIF orientation other than 1, upright. Damaged EXIF data count as none."""
+    """Whether a loaded image has an EXIF orientation other than 1 (upright); damaged EXIF data are ignored."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
     except DECODE_ERRORS:
@@ -135,18 +135,18 @@ def _is_turned(image: Image.Image) -> bool:
 
 
 def to_rgb(image: Image.Image, name: Callable[[], str]) -> Image.Image:
-    """Any Pillow mode to RGB: 16-bit grey is rescaled to 8 bits, transparent pixels are shown on white.
+    """Converts an image of any Pillow mode to RGB; 16-bit grey is rescaled to 8 bits, transparency becomes white.
 
     Raises:
-        ValueError: floating-point pixels, whose range nobody knows.
+        ValueError: floating-point pixels, whose range is unknown.
     """
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; convert the image to 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow clips it when it converts
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip
         levels = np.asarray(image).astype(np.float64).clip(0, 65535)
         if levels.max() in LEVELS_OF_12_BITS:
             _tell_once(
-                "%s and maybe others are 16-bit images that use 12 bits at most, so they are nearly black; rescale the "
+                "%s and maybe others are 16-bit images that only use 12 bits, so they are nearly black; rescale the "
                 "files to levels up to 65535",
                 name,
             )
@@ -159,7 +159,7 @@ def to_rgb(image: Image.Image, name: Callable[[], str]) -> Image.Image:
 
 @contextmanager
 def _without_pillow_limit() -> Iterator[None]:
-    """`Decoding.max_megapixels` takes the place of Pillow's limit, which is one for the whole process."""
+    """Turns off Pillow's size limit, which is global; `Decoding.max_megapixels` replaces it."""
     with _pillow_limit:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -169,7 +169,7 @@ def _without_pillow_limit() -> Iterator[None]:
 
 
 def _tell_once(message: str, name: Callable[[], str]) -> None:
-    """Warns of the first image of a kind that this process meets."""
+    """Logs a warning only for the first image that it applies to in this process."""
     if message not in _told:
         _told.add(message)
         logger.warning(message, name())

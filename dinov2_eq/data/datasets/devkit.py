@@ -1,4 +1,4 @@
-"""The labels of ImageNet's validation images, from its development kit."""
+"""Reads the labels of ImageNet's validation images from its development kit."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from dinov2_eq.data.datasets.base import DataError
 
 VAL_LABELS = "ILSVRC2012_validation_ground_truth.txt"
 DEVKIT_META = "meta.mat"
-# Prints {WordNet id: number} for the classes proper. A process of its own, because a damaged file can crash scipy.
+# Prints {WordNet id: number} for the 1,000 leaf classes. A separate process, because a damaged file can crash scipy.
 _PRINT_CLASSES = """
 import json, sys
 from scipy.io import loadmat
@@ -23,7 +23,7 @@ print(json.dumps(numbers))
 
 
 def read_devkit(folder: Path) -> tuple[np.ndarray, list[str]]:
-    """Labels [num_images] int64 in the order of the images' names, and the WordNet ids, sorted, that they number.
+    """Reads labels [num_images] int64, in the order of the image names, and the sorted WordNet ids of the classes.
 
     Raises:
         DataError: a file of the kit is damaged.
@@ -34,13 +34,13 @@ def read_devkit(folder: Path) -> tuple[np.ndarray, list[str]]:
         labels = [label_of_number[int(number)] for number in path.read_text().split()]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{path} is damaged: {error!r}. It must hold a class number of {DEVKIT_META} for each image; copy it again"
+            f"{path} is damaged: {error!r}. It must hold one class number of {DEVKIT_META} per image; copy it again"
         ) from None
     return np.array(labels, dtype=np.int64), class_names
 
 
 def _read_classes(path: Path) -> tuple[list[str], dict[int, int]]:
-    """The WordNet ids, sorted, and for each number that the kit gives to a class, the rank of its id: the label."""
+    """Reads the sorted WordNet ids, and a mapping from the kit's class numbers to labels, their ranks."""
     done = subprocess.run([sys.executable, "-c", _PRINT_CLASSES, path], capture_output=True, text=True)
     if done.returncode:
         reason = "".join(done.stderr.splitlines()[-1:]) or f"its reader ended with code {done.returncode}"

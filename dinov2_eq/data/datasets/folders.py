@@ -1,4 +1,4 @@
-"""Images as files: any tree, class folders, and ImageNet's layout."""
+"""Datasets of image files: any folder tree, class folders, and ImageNet's layout."""
 
 import logging
 import os
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 class Folder(EncodedImages):
-    """All images below `root`, at any depth, in the order of their paths; no labels."""
+    """All images below `root`, at any depth, in the order of their paths, without labels."""
 
-    labels_hint = "Folder has no labels; where the images lie in one folder for each class, write ImageFolder:root=..."
+    labels_hint = "Folder has no labels; if the images are in one folder per class, write ImageFolder:root=..."
 
     def __init__(self, root: str) -> None:
         self.root = check_folder(root)
@@ -34,12 +34,12 @@ class Folder(EncodedImages):
         self._set_paths(list_images(self.root, left_out), left_out)
 
     def _set_paths(self, paths: list[str], left_out: LeftOut) -> None:
-        found = left_out.found()
+        skipped = left_out.by_kind()
         if not paths:
-            others = describe(found, "; left out are ")
+            others = describe(skipped, "; skipped: ")
             raise DataError(f"{self.root} holds no images (looked for {', '.join(EXTENSIONS)}, at any depth){others}")
-        warn_left_out(str(self.root), found)
-        # One array instead of a list: forked workers share it, and millions of paths stay small.
+        warn_left_out(str(self.root), skipped)
+        # An array instead of a list, so that forked workers share it and millions of paths take little memory.
         self._paths = np.array([os.fsencode(path) for path in paths])
 
     def __len__(self) -> int:
@@ -53,7 +53,7 @@ class Folder(EncodedImages):
 
 
 class ImageFolder(Folder):
-    """One folder below `root` for each class; the label is the rank of the folder's name, empty folders included."""
+    """Images in one folder per class below `root`; labels are ranks of the folders' names, empty folders included."""
 
     def __init__(self, root: str) -> None:
         self.root = check_folder(root)
@@ -65,7 +65,7 @@ class ImageFolder(Folder):
         for path in list_images(self.root, left_out, skip=set(class_names)):
             left_out.add(kind, path)
         if not class_names:
-            others = describe(left_out.found(), "; it holds ")
+            others = describe(left_out.by_kind(), "; it holds ")
             raise DataError(
                 f"{self.root} has no class folders{others}; for unlabelled images write Folder:root={self.root}"
             )
@@ -73,15 +73,15 @@ class ImageFolder(Folder):
         paths, labels = [], []
         for label, class_name in enumerate(class_names):
             if (self.root / class_name).is_dir():
-                found = list_images(self.root, left_out, start=class_name)
-                paths += found
-                labels += [label] * len(found)
+                of_class = list_images(self.root, left_out, start=class_name)
+                paths += of_class
+                labels += [label] * len(of_class)
         self._set_paths(paths, left_out)
         self.labels = np.array(labels, dtype=np.int64)
 
 
 class ImageNetSplit(ImageFolder):
-    """One split with WordNet folders; labels are ranks among the folders of train/, so that both splits agree."""
+    """A split of ImageNet with WordNet folders; labels are ranks among the folders of train/, so that splits agree."""
 
     def __init__(self, root: Path, split: str) -> None:
         self.root = root / split
@@ -95,10 +95,10 @@ class ImageNetSplit(ImageFolder):
 
 
 class FlatImageNetVal(Folder):
-    """val/ILSVRC2012_val_*.JPEG as they come out of the archive; labels from the development kit if it is there."""
+    """ImageNet's val/ILSVRC2012_val_*.JPEG as unpacked, with labels if the development kit exists."""
 
     labels_hint = (
-        f"val/ has no class folders: put {VAL_LABELS} and {DEVKIT_META} of ILSVRC2012_devkit_t12/data beside it, "
+        f"val/ has no class folders: put {VAL_LABELS} and {DEVKIT_META} of ILSVRC2012_devkit_t12/data next to it, "
         "or sort the images into val/<wnid>/."
     )
 
@@ -119,9 +119,9 @@ class FlatImageNetVal(Folder):
 
 
 def imagenet(root: str, split: str = "TRAIN", extra: str = "") -> ImageDataset:
-    """ImageNet in its stock layout: train/<wnid>/, and val/<wnid>/ or val/ILSVRC2012_val_*.JPEG.
+    """ImageNet in its standard layout: train/<wnid>/, and val/<wnid>/ or val/ILSVRC2012_val_*.JPEG.
 
-    `extra` is accepted because DINOv2's data strings have it.
+    `extra` is ignored; it is accepted because DINOv2's data strings have it.
     """
     if extra:
         logger.info("extra=%s is not needed: the folders themselves are read", extra)

@@ -1,4 +1,4 @@
-"""Which files of a folder are images, and what else looks like an image and is not read."""
+"""Lists the images of a folder, and counts files that look like images but are not read."""
 
 import logging
 import os
@@ -23,37 +23,38 @@ EXTENSIONS_OF_OTHER_READERS = {".heic", ".heif", ".jxl", ".svg", ".exr", ".dcm"}
 PARQUET = {"parquet", "parq", "pq"}
 ARCHIVES = {"zip", "tar", "tgz", "tbz2", "txz", "gz", "bz2", "xz", "zst", "7z", "rar"} | PARQUET
 BROKEN = "broken links and special files"
-# How many files of one ending are opened to see whether they are images, for how many endings, and in how many of the
-# folders below a hidden one images are looked for.
-NUM_PEEKS, MAX_ENDINGS, MAX_HIDDEN_FOLDERS = 10, 100, 100
+NUM_PEEKS = 10  # files of one extension that are opened to see whether they are images
+MAX_ENDINGS = 100  # extensions for which this is done
+MAX_HIDDEN_FOLDERS = 100  # folders below a hidden one that are searched for images
 
-Found = dict[str, tuple[int, str]]  # by the words for a kind of files: how many there are, and an example
+Counts = dict[str, tuple[int, str]]  # by a description of the kind of files: their number, and an example
 
 
 class LeftOut:
-    """Counts what looks like an image and is not read.
+    """Counts files that look like images but are not read.
 
     Args:
-        content: from the name of a file to its path or its content, to tell whether it is an image.
+        content: returns the path or the bytes of a file with a given name, to check whether it is an image.
     """
 
     def __init__(self, content: Callable[[str], bytes | Path]) -> None:
         self._content = content
-        self._found: Found = {}
-        self._unknown: Found = {}  # by ending; the name of one that is an image, or ""
+        self._counts: Counts = {}
+        self._unknown: Counts = {}  # by extension; the example is the name of an image, or "" if none was opened yet
 
     def add(self, kind: str, example: str) -> None:
-        count, first = self._found.get(kind, (0, example))
-        self._found[kind] = count + 1, first
+        """Counts a file of the given kind; the first one of each kind becomes the example."""
+        count, first = self._counts.get(kind, (0, example))
+        self._counts[kind] = count + 1, first
 
     def look_at(self, name: str) -> None:
-        """Counts a file that is not read, if it seems to be an image or to hold some.
+        """Counts a file that is not read if it seems to be an image or to contain images.
 
-        The name decides; of those that say nothing, the first `NUM_PEEKS` of each ending are opened.
+        This is decided by its name. If the name says nothing, the first `NUM_PEEKS` files of each extension are opened.
         """
         base = os.path.basename(name).lower()
         hidden = base.startswith(".")
-        if base.startswith("._") or base.endswith(".crc"):  # what macOS and Hadoop put beside a file; no pixels in it
+        if base.startswith("._") or base.endswith(".crc"):  # metadata that macOS and Hadoop write next to a file
             return
         if looks_like_image(base):
             self.add("hidden image files" if hidden else "image files of kinds that are not read here", name)
@@ -69,52 +70,57 @@ class LeftOut:
             image = name
         self._unknown[ending] = count + 1, image
 
-    def found(self) -> Found:
+    def by_kind(self) -> Counts:
+        """What was counted so far."""
         images = [(count, image) for count, image in self._unknown.values() if image]
         unnamed = {"images without a usual ending": (sum(count for count, _ in images), images[0][1])} if images else {}
-        return self._found | unnamed
+        return self._counts | unnamed
 
 
-def describe(found: Found, before: str = "") -> str:
-    """A sentence part about what was left out, with `before` in front; "" where nothing was."""
-    words = "; ".join(f"{kind} ({count}, such as {example})" for kind, (count, example) in found.items())
+def describe(skipped: Counts, before: str = "") -> str:
+    """Describes skipped files for a message, with `before` in front; "" if there are none."""
+    words = "; ".join(f"{kind} ({count}, such as {example})" for kind, (count, example) in skipped.items())
     return words and before + words
 
 
-def warn_left_out(where: str, found: Found) -> None:
-    if found:
-        logger.warning("%s: left out are %s. Rename, convert or unpack what should be read.", where, describe(found))
+def warn_left_out(where: str, skipped: Counts) -> None:
+    """Logs one warning about skipped files, if there are any."""
+    if skipped:
+        logger.warning("%s: skipped: %s. Rename, convert or unpack what should be read.", where, describe(skipped))
 
 
 @cache
 def _image_extensions() -> set[str]:
-    """Those that Pillow reads, even if nothing here does, and some of formats that it does not know."""
+    """Extensions of all formats that Pillow can read, and of some that it does not know."""
     known = Image.registered_extensions()
     return {extension for extension, kind in known.items() if kind in Image.OPEN} | EXTENSIONS_OF_OTHER_READERS
 
 
 def looks_like_image(name: str) -> bool:
-    extension = os.path.splitext("x" + name.lower())[1]  # of ".png", too
+    """Whether the file name has the extension of an image, of a format that is read here or not."""
+    extension = os.path.splitext("x" + name.lower())[1]  # with the "x", ".png" has an extension too
     return extension in EXTENSIONS or extension in _image_extensions()
 
 
 def endings(name: str) -> list[str]:
-    """All words after dots, in lower case: tar and gz of "a.tar.gz", zip and 001 of "a.zip.001"."""
+    """All extensions in lower case: ["tar", "gz"] for "a.tar.gz", ["zip", "001"] for "a.zip.001"."""
     return name.lower().split(".")[1:]
 
 
 def looks_like_archive(name: str) -> bool:
+    """Whether one of the extensions is that of an archive or Parquet file."""
     return not ARCHIVES.isdisjoint(endings(name))
 
 
 def check_folder(path: str) -> Path:
+    """Returns the path of an existing folder; raises DataError if there is none."""
     if not os.path.isdir(path):
         raise DataError(f"there is no folder {path}")
     return Path(path)
 
 
 def scan(folder: Path) -> list[os.DirEntry[str]]:
-    """What lies directly in a folder, in the order of the names.
+    """Lists the entries of a folder in the order of their names.
 
     Raises:
         DataError: the folder cannot be read.
@@ -127,19 +133,20 @@ def scan(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def list_folders(root: Path) -> list[str]:
+    """Names of the folders in `root` that are not hidden, sorted."""
     return [entry.name for entry in scan(root) if is_folder(entry) and not entry.name.startswith(".")]
 
 
 def list_files(
     root: Path, left_out: LeftOut, start: str = "", skip: Collection[str] = (), needed: str | None = None
 ) -> Iterator[str]:
-    """Paths of the regular files below `start`, relative to `root`.
+    """Yields the paths of regular files below `start`, relative to `root`.
 
-    Links are followed; of several links to one folder, the first counts. Hidden folders and those of `skip` are not
-    entered. Broken links and special files count as left out where their names are those of images or archives.
+    Links are followed; if several lead to one folder, the first counts. Hidden folders and those in `skip` are not
+    entered. Broken links and special files are counted as left out if they are named like images or archives.
 
     Raises:
-        DataError: a broken link or special file ends in `needed`: a part of the data, which must not go missing.
+        DataError: a broken link or special file ends in `needed`, so that part of the data would be missing.
     """
     visited, pending = set(), [start]
     while pending:
@@ -165,7 +172,7 @@ def list_files(
 
 
 def list_images(root: Path, left_out: LeftOut, start: str = "", skip: Collection[str] = ()) -> list[str]:
-    """Paths of the images that `list_files` finds, sorted; hidden files are no images."""
+    """Sorted paths of the images among the files of `list_files`; hidden files do not count."""
     images = []
     for path in list_files(root, left_out, start, skip):
         name = os.path.basename(path)
@@ -182,13 +189,15 @@ def _holds_images(folder: Path) -> bool:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one."""
     try:
         return entry.is_dir()
-    except OSError:  # links in a circle
+    except OSError:  # a circle of links
         return False
 
 
 def is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a regular file or a link to one."""
     try:
         return entry.is_file()
     except OSError:

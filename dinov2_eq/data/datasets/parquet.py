@@ -1,4 +1,4 @@
-"""Encoded images in Parquet files, as on the Hugging Face hub."""
+"""A dataset of encoded images in Parquet files, as on the Hugging Face hub."""
 
 import glob
 import logging
@@ -19,9 +19,9 @@ from dinov2_eq.data.datasets.listing import PARQUET, LeftOut, describe, endings,
 
 logger = logging.getLogger(__name__)
 
-CACHE_BYTES = 128 * 2**20  # of each process
+CACHE_BYTES = 128 * 2**20  # per process
 LARGE_ROW_GROUP_BYTES = 32 * 2**20
-# What pyarrow raises on damaged files; most of it, but not all, is an ArrowException.
+# Errors that pyarrow raises on damaged files; most of them, but not all, are ArrowExceptions.
 ARROW_ERRORS = (pa.ArrowException, OSError, ValueError, LookupError)
 
 
@@ -31,11 +31,11 @@ class Parquet(EncodedImages):
     Args:
         path: a file, a folder (its *.parquet, at any depth) or a glob pattern.
         image: column with the encoded image: binary, or the Hugging Face struct {bytes, path}.
-        label: column with whole numbers, or with strings, which become ranks; by default `label`, if there is one.
+        label: column with whole numbers, or with strings, which become ranks; by default `label`, if it exists.
 
-    A row is reached by decoding its row group; row groups are kept up to `CACHE_BYTES`, so small files stay in memory.
-    Training deals the rows of a row group near each other (`chunk_ends`), so that a node fetches large files once a
-    pass and not once a row.
+    Reading a row decodes its row group. Up to `CACHE_BYTES` of row groups are cached, so small files stay in memory.
+    In training, rows of a row group come near each other (`chunk_ends`), so that a node reads large files once per
+    pass instead of once per row.
     """
 
     labels_hint = "Name the label column: Parquet:path=...:label=..."
@@ -45,7 +45,7 @@ class Parquet(EncodedImages):
         self._image_column, self._label_column = image, label
         self._cache: OrderedDict[int, pa.Array] = OrderedDict()
         self._cached_bytes = 0
-        # Kept, because a file with many row groups takes longer to describe than to read one of them.
+        # Kept, because parsing the metadata of a file with many row groups takes longer than reading one group.
         self._metadata = [self._check_file(file) for file in self._files]
         groups: list[tuple[int, int]] = []
         rows, image_bytes = [], []
@@ -61,14 +61,14 @@ class Parquet(EncodedImages):
             raise DataError(f"{path} has no rows")
         if sum(image_bytes) > CACHE_BYTES and np.mean(image_bytes) > LARGE_ROW_GROUP_BYTES:
             logger.warning(
-                "%s: its row groups hold %d MB on average, and each random read decodes a whole one. Write the files "
-                "again with a row_group_size of about 100 rows.",
+                "%s: its row groups hold %d MB on average, and each random read decodes a whole group. Rewrite the "
+                "files with a row_group_size of about 100 rows.",
                 path,
                 np.mean(image_bytes) / 2**20,
             )
 
     def _check_file(self, file: str) -> pq.FileMetaData:
-        if not os.path.isfile(file):  # a pattern may find others, and opening a named pipe waits for ever
+        if not os.path.isfile(file):  # a pattern may match other things, and opening a named pipe waits forever
             raise DataError(f"{file} is a broken link or not a regular file; restore or remove it")
         try:
             with _open(file) as parquet:
@@ -130,7 +130,7 @@ class Parquet(EncodedImages):
         return int(self.chunk_ends[-1]) if len(self.chunk_ends) else 0
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """(group, row in it)"""
+        """Row group and row within it, for the index of an image."""
         group = int(np.searchsorted(self.chunk_ends, index, side="right"))
         return group, index - (int(self.chunk_ends[group - 1]) if group else 0)
 
@@ -159,7 +159,7 @@ class Parquet(EncodedImages):
             self._cache.move_to_end(group)
             return self._cache[group]
         file, group_in_file = self._groups[group]
-        # Single-threaded: Arrow's threads do not survive the fork of a worker.
+        # Without threads, because Arrow's threads do not survive the fork of a worker.
         with _open(self._files[file], self._metadata[file]) as parquet:
             table = parquet.read_row_group(int(group_in_file), columns=[self._image_column], use_threads=False)
         images = table[self._image_column].combine_chunks()
@@ -175,16 +175,16 @@ class Parquet(EncodedImages):
 
 @contextmanager
 def _open(file: str, metadata: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
-    # Bytes, because Arrow takes names as text only if they are UTF-8.
+    # As bytes, because Arrow only accepts text that is valid UTF-8.
     with pa.memory_map(os.fsencode(file)) as source, pq.ParquetFile(source, metadata=metadata) as parquet:
         yield parquet
 
 
 def _read_labels(file: str, column: str) -> pa.ChunkedArray:
-    """The labels in a file, as int64 or large_string.
+    """Reads the labels of a file, as int64 or large_string.
 
     Raises:
-        DataError: some are missing, they are of another type, or the file is damaged.
+        DataError: labels are missing or of another type, or the file is damaged.
     """
     try:
         with _open(file) as parquet:
@@ -208,7 +208,7 @@ def _list_files(path: str) -> list[str]:
     if os.path.isfile(path):
         return [path]
     if not os.path.isdir(path):
-        files, found = sorted(glob.glob(path, recursive=True)), {}
+        files, skipped = sorted(glob.glob(path, recursive=True)), {}
     else:
         left_out = LeftOut(Path(path).joinpath)
         files = []
@@ -220,9 +220,9 @@ def _list_files(path: str) -> list[str]:
                 left_out.add("Parquet files that are hidden or do not end in .parquet", name)
             else:
                 left_out.look_at(name)
-        files, found = sorted(files), left_out.found()
+        files, skipped = sorted(files), left_out.by_kind()
     if not files:
-        others = describe(found, "; left out are ")
+        others = describe(skipped, "; skipped: ")
         raise DataError(f"no Parquet file at {path} (a file, a folder with *.parquet, or a glob pattern){others}")
-    warn_left_out(path, found)
+    warn_left_out(path, skipped)
     return files

@@ -1,4 +1,4 @@
-"""Generated pictures of upright objects: no download, and rotation, shift, colour and blur all show."""
+"""A dataset of generated pictures of upright objects, in which rotation, shift, colour and blur are visible."""
 
 import colorsys
 import math
@@ -14,7 +14,7 @@ SPLITS = ("TRAIN", "VAL")
 SUPERSAMPLING = 4
 MAX_TILT_DEG = 6.0
 Corners = list[tuple[float, float]]  # in [-1, 1], y down
-Part = tuple[str, Corners]  # the role of its colour, its outline
+Part = tuple[str, Corners]  # role of the colour, and outline
 
 
 def _box(left: float, top: float, right: float, bottom: float) -> Corners:
@@ -27,7 +27,7 @@ def _arc(x: float, y: float, rx: float, ry: float, start_deg: float = 0, end_deg
     return [(x + rx * math.cos(angle), y + ry * math.sin(angle)) for angle in angles]
 
 
-# Later parts lie on top of earlier ones.
+# Later parts are drawn on top of earlier ones.
 OBJECTS: dict[str, list[Part]] = {
     "arrow": [("main", [(0, -0.95), (0.75, -0.1), (0.3, -0.1), (0.3, 0.9), (-0.3, 0.9), (-0.3, -0.1), (-0.75, -0.1)])],
     "house": [
@@ -95,10 +95,10 @@ OBJECTS: dict[str, list[Part]] = {
 
 
 class Shapes(ImageDataset):
-    """`num` pictures of `size` x `size` pixels: one object each, upright up to a small tilt, lit from above.
+    """`num` generated pictures of `size` x `size` pixels: one object each, upright up to a small tilt, lit from above.
 
-    Picture i depends on (seed, split, i) only; its class is i modulo the number of classes. Colours, size and place
-    vary and tell nothing about the class.
+    Picture i only depends on (seed, split, i); its class is i modulo the number of classes. Colours, size and position
+    vary independently of the class.
     """
 
     def __init__(self, split: str = "TRAIN", size: int = 64, num: int = 2000, seed: int = 0) -> None:
@@ -122,7 +122,7 @@ class Shapes(ImageDataset):
     def read(self, index: int) -> Image.Image:
         generator = numpy_generator(Stream.SHAPES, self.seed, SPLITS.index(self.split), index)
         parts = OBJECTS[self.class_names[self.labels[index]]]
-        hue = generator.random()  # of the background; the object's differ from it
+        hue = generator.random()  # of the background; the object has other hues
         background = _draw_background(self.size, hue, generator)
         colours, alpha = _draw_object(self.size, parts, (hue + generator.uniform(0.3, 0.7)) % 1, generator)
 
@@ -136,7 +136,7 @@ class Shapes(ImageDataset):
 
 
 def _draw_background(size: int, hue: float, generator: np.random.Generator) -> np.ndarray:
-    """[size, size, 3] float: a gradient from a pale sky to a darker ground, with a coarse and a fine texture."""
+    """Draws a gradient from a pale sky to a darker ground, with coarse and fine texture: [size, size, 3] float."""
     sky = _colour(hue, generator.uniform(0.1, 0.4), generator.uniform(0.75, 0.95))
     ground = _colour(hue + generator.uniform(-0.1, 0.1), generator.uniform(0.25, 0.55), generator.uniform(0.4, 0.65))
     horizon = generator.uniform(0.35, 0.75)
@@ -152,7 +152,7 @@ def _draw_background(size: int, hue: float, generator: np.random.Generator) -> n
 def _draw_object(
     size: int, parts: list[Part], hue: float, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(colours [size, size, 3] float, cover [size, size] uint8)"""
+    """Draws an object: colours [size, size, 3] float, and its opacity [size, size] uint8."""
     palette = {
         "main": _colour(hue, generator.uniform(0.6, 0.95), generator.uniform(0.7, 1.0)),
         "accent": _colour(hue + generator.uniform(0.1, 0.2), generator.uniform(0.6, 1.0), generator.uniform(0.6, 1.0)),
@@ -176,5 +176,5 @@ def _draw_object(
 
 
 def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
-    """[3] in [0, 255]; the hue in turns"""
+    """RGB colour [3] in [0, 255] from hue in turns, saturation and value."""
     return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value))

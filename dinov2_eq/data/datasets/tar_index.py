@@ -1,4 +1,4 @@
-"""Where the images of a tar file lie: found by one scan, and kept in a small file for the next time."""
+"""Locates the images of a tar file with one scan, and keeps the result in a small index file."""
 
 import hashlib
 import json
@@ -18,23 +18,23 @@ from dinov2_eq.files import whole_file
 logger = logging.getLogger(__name__)
 
 INDEX_VERSION = 2
-INDEX_FOLDER = ".dinov2_eq"  # beside the tar files
+INDEX_FOLDER = ".dinov2_eq"  # next to the tar files
 
 
 def index_tar(path: str, image: str, label: str) -> TarImages:
-    """The images of a tar file.
+    """Locates the images of a tar file, from its index if there is one.
 
-    A file is an image if its name ends in a usual extension. The exception is 0001.seg.png beside 0001.jpg: it is a
-    part of that sample, and left out; but 0001.5.png is an image. The label is in the file whose name goes like that of
-    the image up to its last dot, or else up to its first dot. The result is kept beside the tar file, or else in the
-    user's cache folder, and is used again as long as the tar file keeps its size and its time of change.
+    A file is an image if its name has a usual extension. The exception is a file such as 0001.seg.png next to
+    0001.jpg, which belongs to that sample and is skipped; 0001.5.png, however, is an image. The label is in the file
+    with the same name up to the last dot, or else up to the first dot. The index is written next to the tar file, or
+    else to the user's cache folder, and is valid as long as size and modification time of the tar file stay the same.
 
     Args:
-        image: all after the first dot of the images' names; "": see above.
-        label: extension of the files with the label, a whole number.
+        image: everything after the first dot in the names of the images; "": any usual extension, see above.
+        label: extension of the files that hold the label, a whole number.
 
     Raises:
-        DataError: the file is missing, damaged, compressed, or goes on after its end; it holds no images, two for one
+        DataError: the file is missing, damaged, compressed, or has data after its end; it has no images, two for one
             sample, or a sparse one.
     """
     try:
@@ -64,7 +64,7 @@ def _warn_once(folder: str, reason: str) -> None:
 
 
 def _index_folders(path: str) -> Iterator[Path]:
-    """Where the index of a tar file may be, the best place first."""
+    """Folders where the index of a tar file may be, in order of preference."""
     folder = os.path.dirname(os.path.realpath(path))
     yield Path(folder, INDEX_FOLDER)
     try:
@@ -75,7 +75,7 @@ def _index_folders(path: str) -> Iterator[Path]:
 
 
 def _load(path: Path, stamp: list[int]) -> TarImages | None:
-    """What `_save` wrote; None where there is nothing, or not for this stamp, or it is damaged."""
+    """Loads what `_save` wrote; None if there is no index, or it is damaged or of another stamp."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -85,10 +85,10 @@ def _load(path: Path, stamp: list[int]) -> TarImages | None:
         return None
     header, _, rows = content.partition(b"\n")
     try:
-        found_stamp, *others = json.loads(header)
-    except (ValueError, TypeError):  # of an earlier version
+        saved_stamp, *others = json.loads(header)
+    except (ValueError, TypeError):  # written by an earlier version
         return None
-    if found_stamp != stamp:
+    if saved_stamp != stamp:
         return None
     return TarImages(np.frombuffer(rows, dtype="<i8").reshape(-1, 3), *others)
 

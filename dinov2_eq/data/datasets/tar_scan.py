@@ -1,6 +1,6 @@
-"""The images of a tar file and their labels, found by one pass over its headers.
+"""Finds the images of a tar file and their labels with one pass over its headers.
 
-Of a file in/a.b.png, the stem is in/a.b, and the sample is in/a, to which other files may belong.
+A file in/a.b.png has the stem in/a.b and belongs to the sample in/a, to which other files may belong too.
 """
 
 import os
@@ -12,25 +12,25 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from dinov2_eq.data.datasets.base import DataError
-from dinov2_eq.data.datasets.listing import BROKEN, EXTENSIONS, Found, LeftOut, describe, looks_like_image
+from dinov2_eq.data.datasets.listing import BROKEN, EXTENSIONS, Counts, LeftOut, describe, looks_like_image
 
 NO_LABEL = -1
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
-MAX_LINKS = 16  # from one link to the next
+MAX_LINKS = 16  # longest chain of links that is followed
 CHUNK_BYTES = 2**20
 
 
 class TarImages(NamedTuple):
-    """The images of a tar file, in its order. Names are those in the tar file."""
+    """The images of a tar file, in its order, with names as in the tar file."""
 
-    rows: np.ndarray  # [num_images, 3] int64: byte offset, size in bytes, label; `NO_LABEL` where there is none
-    left_out: Found  # what looks like an image or a label and is not used
-    shared: tuple[int, str]  # how many images have their sample in common with others, and the name of one
-    bad_label: str  # what is wrong with the first label that is no whole number; "": nothing
+    rows: np.ndarray  # [num_images, 3] int64: byte offset, size in bytes, label or `NO_LABEL`
+    left_out: Counts  # files that look like images or labels but are not used
+    shared: tuple[int, str]  # number of images that share their sample with other images, and the name of one
+    bad_label: str  # describes the first label that is not a whole number; "": there is none
 
 
 def scan_tar(path: str, image: str, label: str) -> TarImages:
-    """Reads the headers and the labels; arguments and errors are those of `index_tar`, which calls it.
+    """Reads the headers and labels of a tar file, for `index_tar`, which describes arguments and errors.
 
     Raises:
         OSError: the file cannot be read.
@@ -38,15 +38,15 @@ def scan_tar(path: str, image: str, label: str) -> TarImages:
     with open(path, "rb") as file:
         names, members = _list_files(file, path)
         left_out = LeftOut(lambda name: _read(file, members[name], CHUNK_BYTES))
-        found, labels = _sort_by_name(names, members.keys(), image, label, left_out)
+        stems_and_names, labels = _sort_by_name(names, members.keys(), image, label, left_out)
         if not image:
-            found = _without_parts(found, left_out)
+            stems_and_names = _without_parts(stems_and_names, left_out)
         images: dict[str, str] = {}  # names by stem
-        for stem, name in found:
+        for stem, name in stems_and_names:
             if stem in images:
                 raise DataError(
-                    f"{path} has two images for the sample {stem!r}, {images[stem]} and {name}. Choose one by "
-                    "image=<extension>, or give each sample a name of its own."
+                    f"{path} has two images for the sample {stem!r}, {images[stem]} and {name}. Choose one with "
+                    "image=<extension>, or give each sample its own name."
                 )
             images[stem] = name
         if not images:
@@ -54,7 +54,7 @@ def scan_tar(path: str, image: str, label: str) -> TarImages:
             splits = [os.path.basename(name).lower().partition(".") for name in names]
             extensions = {extension for stem, _, extension in splits if stem and extension}
             present = ", ".join(sorted(extensions)[:8]) or "none"
-            others = describe(left_out.found(), "; left out are ")
+            others = describe(left_out.by_kind(), "; skipped: ")
             raise DataError(f"{path} holds no images (looked for {wanted}; its extensions are: {present}){others}")
 
         rows, bad_label = [], ""
@@ -62,8 +62,8 @@ def scan_tar(path: str, image: str, label: str) -> TarImages:
             member, number = members[name], NO_LABEL
             if member.issparse():
                 raise DataError(
-                    f"{path}/{name} is stored as a sparse file, with its zeros left out. Write the tar file again "
-                    "without --sparse."
+                    f"{path}/{name} is stored as a sparse file, without its zeros. Write the tar file again without "
+                    "--sparse."
                 )
             label_name = labels.get(stem) or labels.get(_sample(stem))
             if label_name:
@@ -76,7 +76,7 @@ def scan_tar(path: str, image: str, label: str) -> TarImages:
         for stem, name in labels.items():
             if stem not in of_images:
                 left_out.add("labels without an image", name)
-    return TarImages(np.array(rows, dtype=np.int64), left_out.found(), _count_shared(images), bad_label)
+    return TarImages(np.array(rows, dtype=np.int64), left_out.by_kind(), _count_shared(images), bad_label)
 
 
 def _sample(stem: str) -> str:
@@ -87,7 +87,7 @@ def _sample(stem: str) -> str:
 def _sort_by_name(
     names: list[str], present: Collection[str], image: str, label: str, left_out: LeftOut
 ) -> tuple[list[tuple[str, str]], dict[str, str]]:
-    """(stem, name) of the images, and the names of the labels by their stem; counts what seems to be an image."""
+    """Splits names into (stem, name) of images and names of labels by stem; counts others that look like images."""
     images, labels = [], {}
     for name in names:
         base = os.path.basename(name).lower()
@@ -110,26 +110,26 @@ def _sort_by_name(
 
 
 def _without_parts(images: list[tuple[str, str]], left_out: LeftOut) -> list[tuple[str, str]]:
-    """Leaves out 0001.seg.png where there is 0001.jpg, but not 0001.5.png: a number makes another image."""
+    """Removes images such as 0001.seg.png if there is 0001.jpg, but keeps 0001.5.png, which is another image."""
     stems = {stem for stem, _ in images}
     kept = []
     for stem, name in images:
         sample = _sample(stem)
         if sample != stem and sample in stems and not _is_numbered(stem):
             extension = name.removeprefix(f"{sample}.")
-            left_out.add("images beside a plain one of their sample", f"{name}; image={extension} reads these instead")
+            left_out.add("additional images of a sample", f"{name}; image={extension} reads these instead")
         else:
             kept.append((stem, name))
     return kept
 
 
 def _is_numbered(stem: str) -> bool:
-    """Whether nothing but digits and dots lies between the sample and the extension."""
+    """Whether there are only digits and dots between the sample and the extension."""
     return stem.removeprefix(_sample(stem)).replace(".", "").isdigit()
 
 
 def _count_shared(images: Mapping[str, str]) -> tuple[int, str]:
-    """How many images have their sample in common with others, such as 1.left.png and 1.right.png, and one of them."""
+    """Counts images that share their sample, such as 1.left.png and 1.right.png; also returns the name of one."""
     parts = {stem: name for stem, name in images.items() if stem != _sample(stem) and not _is_numbered(stem)}
     sizes = Counter(map(_sample, parts))
     names = [name for stem, name in parts.items() if sizes[_sample(stem)] > 1]
@@ -137,7 +137,7 @@ def _count_shared(images: Mapping[str, str]) -> tuple[int, str]:
 
 
 def _list_files(file: BinaryIO, path: str) -> tuple[list[str], dict[str, tarfile.TarInfo]]:
-    """The names of all members but folders, in order, and by name the regular files that they are or link to."""
+    """Names of all members except folders, in order, and for each name the regular file that it is or links to."""
     members = _list_members(file, path)
     by_path = {os.path.normpath(member.name): member for member in members}
     files = {}
@@ -154,7 +154,7 @@ def _list_files(file: BinaryIO, path: str) -> tuple[list[str], dict[str, tarfile
 
 
 def _list_members(file: BinaryIO, path: str) -> list[tarfile.TarInfo]:
-    """All members of a whole tar file."""
+    """Lists all members of a tar file, which must be complete."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             members = tar.getmembers()
@@ -165,11 +165,11 @@ def _list_members(file: BinaryIO, path: str) -> list[tarfile.TarInfo]:
         for magic, program in COMPRESSED.items():
             if start.startswith(magic):
                 raise DataError(
-                    f"{path} is compressed, so that no image can be read without all before it. Unpack it with "
-                    f"{program}; images hardly grow by that."
+                    f"{path} is compressed, so reading one image would require reading everything before it. Unpack it "
+                    f"with {program}; images hardly become larger."
                 ) from None
-        raise DataError(f"{path} is not a whole tar file: {error}. Write or copy it again.") from None
-    # tarfile takes a header that it cannot read for the end of the archive; the end is a block of zeros.
+        raise DataError(f"{path} is not a complete tar file: {error}. Write or copy it again.") from None
+    # tarfile treats an unreadable header as the end of the archive, but a real end is a block of zeros.
     file.seek(end)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise DataError(
@@ -179,8 +179,8 @@ def _list_members(file: BinaryIO, path: str) -> list[tarfile.TarInfo]:
     while rest := file.read(CHUNK_BYTES):
         if rest != bytes(len(rest)):
             raise DataError(
-                f"{path} goes on after the end of its archive, at byte {end}, as tar files do that were joined by cat. "
-                "Join them with tar --concatenate instead, or give them separately."
+                f"{path} has data after the end of its archive, at byte {end}, like tar files that were joined with "
+                "cat. Join them with tar --concatenate instead, or list them separately."
             )
     return members
 
@@ -190,7 +190,7 @@ def _read(file: BinaryIO, member: tarfile.TarInfo, max_bytes: int) -> bytes:
 
 
 def _read_label(file: BinaryIO, member: tarfile.TarInfo) -> int:
-    """Raises ValueError where the file holds no whole number of 64 bits."""
+    """Reads a label; raises ValueError if the file does not hold a 64-bit whole number."""
     if member.issparse():
         raise ValueError("is stored as a sparse file")
     content = _read(file, member, CHUNK_BYTES)

@@ -1,4 +1,4 @@
-"""Images in tar files, as WebDataset packs them, read in any order."""
+"""Datasets of images in tar files, packed as for WebDataset and read in random order."""
 
 import glob
 import logging
@@ -12,32 +12,31 @@ import numpy as np
 
 from dinov2_eq.data.datasets.base import DataError
 from dinov2_eq.data.datasets.decode import EncodedImages
-from dinov2_eq.data.datasets.listing import Found, LeftOut, check_folder, describe, list_files, warn_left_out
+from dinov2_eq.data.datasets.listing import Counts, LeftOut, check_folder, describe, list_files, warn_left_out
 from dinov2_eq.data.datasets.tar_index import index_tar
 from dinov2_eq.data.datasets.tar_scan import NO_LABEL, TarImages
 
 logger = logging.getLogger(__name__)
 
-INDEX_THREADS = 16  # they wait for the file system, mostly
+INDEX_THREADS = 16  # more than cores, because they mostly wait for the file system
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 class WebDataset(EncodedImages):
-    """The images of uncompressed tar files on a file system.
+    """Images of uncompressed tar files on a file system.
 
     Args:
         urls: a path, a glob pattern, or paths with ranges such as train-{000000..000146}.tar; several joined by `::`.
-        image: all after the first dot of the images' names, such as `left.png`; by default any file with a usual
-            extension is an image.
-        label: extension of the files with the label, a whole number.
+        image: everything after the first dot in the names of the images, such as `left.png`; by default any file with
+            a usual extension is an image.
+        label: extension of the files that hold the label, a whole number.
 
-    A read takes the bytes of its image only, wherever they lie, so that a shuffle over all images costs no more than
-    one over separate files.
+    A read only takes the bytes of its image, so shuffling all images is as fast as with separate files.
     """
 
     labels_hint = (
-        "Pack a file with a whole number beside each image, 0001.cls beside 0001.jpg, or name its extension: "
+        "Pack a file with a whole number next to each image, 0001.cls beside 0001.jpg, or give its extension: "
         "WebDataset:urls=...:label=..."
     )
 
@@ -46,7 +45,7 @@ class WebDataset(EncodedImages):
 
     def _open(self, where: str, shards: list[str], image: str, label: str) -> None:
         self._shards = shards
-        logger.info("reading the index of %d tar files, or scanning those that have none", len(shards))
+        logger.info("reading the index of %d tar files; those without an index are scanned", len(shards))
         with ThreadPoolExecutor(INDEX_THREADS) as pool:
             tables = list(pool.map(lambda shard: index_tar(shard, image, label), shards))
         self._ends = np.cumsum([len(table.rows) for table in tables])  # first image after each shard
@@ -60,8 +59,8 @@ class WebDataset(EncodedImages):
     def read_labels(self) -> tuple[np.ndarray | None, list[str] | None]:
         if self._bad_label:
             raise DataError(
-                f"{self._bad_label}; a label is a whole number, as text. Name the extension that holds it by "
-                "label=<extension>."
+                f"{self._bad_label}; a label must be a whole number, as text. Give the extension of the label files "
+                "with label=<extension>."
             )
         return (self._labels if (self._labels != NO_LABEL).any() else None), None
 
@@ -69,7 +68,7 @@ class WebDataset(EncodedImages):
         return len(self._places)
 
     def name(self, index: int) -> str:
-        """shard.tar/file, as the tar header has it: cut after 100 characters, maybe with "?" for what is not ASCII."""
+        """The name as shard.tar/file from the tar header: at most 100 characters, maybe with "?" for non-ASCII ones."""
         shard, offset = self._shard(index), int(self._places[index, 0])
         try:
             header = self._read_bytes(index, offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
@@ -93,7 +92,7 @@ class WebDataset(EncodedImages):
 
 
 class ClassTars(WebDataset):
-    """One uncompressed tar file in `root` for each class, as ImageNet-22k comes; labels are ranks of their names."""
+    """Images of one uncompressed tar file per class in `root`, as in ImageNet-22k; labels are ranks of file names."""
 
     def __init__(self, root: str, extra: str = "") -> None:
         folder, shards = check_folder(root), []
@@ -104,11 +103,11 @@ class ClassTars(WebDataset):
             else:
                 left_out.look_at(name)
         if not shards:
-            others = describe(left_out.found(), "; left out are ")
-            raise DataError(f"{root} holds no *.tar; give the folder with one tar file for each class{others}")
+            others = describe(left_out.by_kind(), "; skipped: ")
+            raise DataError(f"{root} holds no *.tar; give the folder with one tar file per class{others}")
         ignored = f"; extra={extra} is not needed" if extra else ""
-        logger.info("ImageNet22k: reading %s/*.tar as WebDataset does, with a class for each tar file%s", root, ignored)
-        warn_left_out(root, left_out.found())
+        logger.info("ImageNet22k: reading %s/*.tar like WebDataset, with a class for each tar file%s", root, ignored)
+        warn_left_out(root, left_out.by_kind())
         self._open(root, [str(folder / name) for name in sorted(shards)], image="", label="cls")
 
     def read_labels(self) -> tuple[np.ndarray, list[str]]:
@@ -117,8 +116,8 @@ class ClassTars(WebDataset):
 
 
 def _warn_of_others(where: str, tables: list[tuple[str, TarImages]]) -> None:
-    """Logs what was left out in all tar files, and samples with several images."""
-    left_out: Found = {}
+    """Warns about skipped files in all tar files together, and about samples with several images."""
+    left_out: Counts = {}
     for shard, table in tables:
         for kind, (count, example) in table.left_out.items():
             before, first = left_out.get(kind, (0, f"{shard}/{example}"))
@@ -128,34 +127,34 @@ def _warn_of_others(where: str, tables: list[tuple[str, TarImages]]) -> None:
     if shared:
         (example, _), number = shared[0], sum(count for _, count in shared)
         logger.warning(
-            "%s: %d images have their sample in common with others, such as %s, and all of them are read; "
+            "%s: %d images share their sample with other images, such as %s, and all of them are read; "
             "image=%s reads one of each sample",
             *(where, number, example, os.path.basename(example).partition(".")[2]),
         )
 
 
 def list_shards(urls: str) -> list[str]:
-    """The tar files that `urls` stands for, in the order in which it names them.
+    """Expands `urls` to the paths of tar files, in order.
 
     Raises:
-        DataError: a shard is missing or lies on a server, or a pattern fits no file.
+        DataError: a shard is missing or on a server, or a pattern matches no file.
     """
     shards = []
     for url in urls.split("::"):
         if "://" in url or url.startswith(("pipe:", "file:")):
             raise DataError(
-                f"{url!r} is not a path. Shards are read from a file system: download them, or mount the storage, and "
-                "write their path"
+                f"{url!r} is not a path. Shards are read from a file system: download them or mount the storage, and "
+                "give their path"
             )
         for pattern in expand_braces(url):
             if os.path.isdir(pattern):
                 raise DataError(f"{pattern} is a folder; for all its shards write {os.path.join(pattern, '*.tar')}")
-            found = [pattern]
+            matches = [pattern]
             if glob.has_magic(pattern) and not os.path.exists(pattern):
-                found = sorted(glob.glob(pattern, recursive=True))
-                if not found:
-                    raise DataError(f"no shard fits {pattern}")
-            shards += found
+                matches = sorted(glob.glob(pattern, recursive=True))
+                if not matches:
+                    raise DataError(f"no shard matches {pattern}")
+            shards += matches
     missing = [shard for shard in shards if not os.path.isfile(shard)]
     if missing:
         examples = ", ".join(missing[:3])
@@ -164,10 +163,10 @@ def list_shards(urls: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """a{08..10}b becomes a08b, a09b, a10b; a{x,y}b becomes axb, ayb; with several pairs, the last runs fastest.
+    """Expands braces: a{08..10}b to a08b, a09b, a10b, and a{x,y}b to axb, ayb; of several pairs, the last runs fastest.
 
     Raises:
-        DataError: braces that hold neither.
+        DataError: the braces contain neither a range from low to high nor a list.
     """
     braces = _BRACES.search(pattern)
     if braces is None:
@@ -185,7 +184,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _check_extension(key: str, value: str) -> str:
-    """The extension in lower case, without a dot before it."""
+    """The extension in lower case, without a leading dot."""
     if "/" in value:
         raise DataError(f"{key}={value!r} is not an extension such as 'jpg' or 'cls'")
     return value.lower().removeprefix(".")

@@ -1,4 +1,4 @@
-"""Damaged files of every kind, cut and with flipped bits: a sentence with the name of the file, and nothing else."""
+"""Truncated files and files with flipped bits give an error of one sentence that names the file."""
 
 import pickle
 
@@ -30,7 +30,7 @@ def damaged(content, num_cuts=NUM_CUTS, num_flips=NUM_FLIPS):
 
 
 def read_all(data_string):
-    """Everything that can be asked of a dataset; unreadable images are met last."""
+    """Uses everything that a dataset offers; unreadable images come last."""
     dataset = build_dataset(data_string)
     error = None
     for index in range(len(dataset)):
@@ -44,7 +44,7 @@ def read_all(data_string):
 
 
 def count_refusals(path, read, errors, **numbers):
-    """How many of the damaged contents are refused; errors of other kinds come out, and all must name the file."""
+    """Counts the damaged contents that are refused; other errors propagate, and all must name the file."""
     content, num_refused = path.read_bytes(), 0
     read()
     for bad in damaged(content, **numbers):

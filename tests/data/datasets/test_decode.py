@@ -221,7 +221,7 @@ def test_images_that_use_12_of_16_bits_are_named(brightest, told, caplog):
             decode_image(content, lambda name=name: name)
     assert len(caplog.messages) == told
     if told:
-        assert caplog.messages[0].startswith("first.png and maybe others are 16-bit images that use 12 bits at most")
+        assert caplog.messages[0].startswith("first.png and maybe others are 16-bit images that only use 12 bits")
 
 
 # broken files

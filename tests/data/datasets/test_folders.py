@@ -1,4 +1,4 @@
-"""Images as files, and what lies beside them."""
+"""Datasets of image files, with other files next to them."""
 
 import logging
 import os
@@ -97,7 +97,7 @@ def test_keys_of_dinov2(tmp_path, caplog):
 
 
 def length_and_warnings(string, caplog):
-    """The number of images, and what was logged."""
+    """Returns the number of images, and what was logged."""
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         dataset = build_dataset(string)
@@ -148,9 +148,9 @@ def test_what_looks_like_an_image_is_counted_and_named(tmp_path, caplog, name, w
     for string in ("Folder", "ImageFolder"):
         length, warnings = length_and_warnings(f"{string}:root={tmp_path}", caplog)
         assert length == 1 and len(warnings) == 1
-        assert re.search(rf"left out are {words}\. Rename, convert or unpack", warnings[0])
+        assert re.search(rf"skipped: {words}\. Rename, convert or unpack", warnings[0])
     (tmp_path / "in" / "a.png").unlink()
-    with pytest.raises(DataError, match=f"holds no images .*; left out are {words}"):
+    with pytest.raises(DataError, match=f"holds no images .*; skipped: {words}"):
         build_dataset(f"Folder:root={tmp_path}")
 
 
@@ -222,6 +222,6 @@ def test_names_that_are_not_utf8(tmp_path):
             file.write(encoded(1))
     left_out = LeftOut(tmp_path.joinpath)
     assert list_images(tmp_path, left_out) == ["caf\udce9.png"]
-    assert left_out.found() == {"hidden image files": (1, ".caf\udce9.png")}
+    assert left_out.by_kind() == {"hidden image files": (1, ".caf\udce9.png")}
     os.remove(os.path.join(os.fsencode(tmp_path), b".caf\xe9.png"))  # pytest-xdist cannot pass on a log with its name
     assert colour(build_dataset(f"Folder:root={tmp_path}"), 0) == COLOURS[1]

@@ -173,7 +173,7 @@ def test_other_files_in_the_folder_are_named(tmp_path, caplog):
     assert "not read here (1, such as g.png)" in warning
     assert len(build_dataset(f"Parquet:path={path.parent}/*.pq")) == 1
     path.unlink()
-    with pytest.raises(DataError, match=r"no Parquet file at .*; left out are Parquet files .* \(5, "):
+    with pytest.raises(DataError, match=r"no Parquet file at .*; skipped: Parquet files .* \(5, "):
         build_dataset(f"Parquet:path={path.parent}")
 
 

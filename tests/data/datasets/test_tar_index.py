@@ -1,4 +1,4 @@
-"""The index of tar files: kept for the next start, made again where it does not fit, and done without where it must."""
+"""The index of tar files is kept for the next start, rebuilt if it does not fit, and optional."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from tests.data.datasets.tars import number_of, picture, write_shards, write_tar
 
 @pytest.fixture
 def scanned(monkeypatch):
-    """The shards that were scanned, not read from an index."""
+    """The shards that were scanned instead of read from an index."""
     paths, scan = [], tar_index.scan_tar
     monkeypatch.setattr(tar_index, "scan_tar", lambda path, *options: paths.append(path) or scan(path, *options))
     return paths

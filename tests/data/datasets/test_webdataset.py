@@ -1,4 +1,4 @@
-"""Tar shards as WebDataset packs them, against a slow reading with tarfile; every way to be wrong."""
+"""Tar shards packed as for WebDataset, compared with a slow reading by tarfile; and all kinds of mistakes."""
 
 import gzip
 import io
@@ -84,7 +84,9 @@ def test_training_needs_no_usable_labels(tmp_path, content):
     for _ in range(2):  # scanned, and from the index
         dataset = build_dataset(string)
         assert number_of(dataset, 1) == 1
-        message = rf"k-NN needs labels.*a\.tar/1\.cls holds {content!r}; a label is a whole number.*label=<extension>"
+        message = (
+            rf"k-NN needs labels.*a\.tar/1\.cls holds {content!r}; a label must be a whole number.*label=<extension>"
+        )
         with pytest.raises(DataError, match=message.replace("b'", "b.")):
             require_labels(dataset, "k-NN")
 
@@ -93,7 +95,7 @@ def test_training_needs_no_usable_labels(tmp_path, content):
 
 
 def images_of(path, options=""):
-    """What the dataset reads: the numbers of its pictures."""
+    """The numbers of the pictures that the dataset reads."""
     dataset = build_dataset(f"WebDataset:urls={path}{options}")
     return [number_of(dataset, index) for index in range(len(dataset))]
 
@@ -111,7 +113,7 @@ def images_of(path, options=""):
 def test_names_may_hold_dots(tmp_path, caplog, names):
     path = write_tar(tmp_path / "a.tar", {name: picture(number) for number, name in enumerate(names)})
     assert images_of(path) == list(range(len(names)))
-    assert not [message for message in caplog.messages if "left out" in message]
+    assert not [message for message in caplog.messages if "skipped" in message]
 
 
 def test_labels_of_names_with_dots(tmp_path):
@@ -123,7 +125,7 @@ def test_labels_of_names_with_dots(tmp_path):
 
 
 def warnings_of(path, caplog, options=""):
-    """What is logged at the first start, which is what the second one says, that reads the index."""
+    """Returns what the first start logs; the second one, which reads the index, must log the same."""
     logged = []
     for _ in range(2):
         caplog.clear()
@@ -141,7 +143,7 @@ def test_parts_of_a_sample_are_left_out_and_named(tmp_path, caplog):
     assert images_of(tmp_path / "0.tar") == [0, 1, 2]
     (warning,) = warnings_of(f"{tmp_path}/*.tar", caplog)
     example = f"such as {tmp_path}/0.tar/0.seg.png; image=seg.png reads these instead)"
-    assert f"left out are images beside a plain one of their sample (12, {example}" in warning
+    assert f"skipped: additional images of a sample (12, {example}" in warning
     (warning,) = warnings_of(f"{tmp_path}/*.tar", caplog, ":image=seg.png")
     assert f"images whose extension is not seg.png (12, such as {tmp_path}/0.tar/0.jpg)" in warning
 
@@ -151,7 +153,7 @@ def test_samples_with_several_images_are_named(tmp_path, caplog):
     path = write_tar(tmp_path / "a.tar", files | {"photo.of.me.png": picture(9)})
     assert images_of(path) == [0, 0, 1, 1, 2, 2, 9]
     (warning,) = warnings_of(path, caplog)
-    assert f"6 images have their sample in common with others, such as {path}/0.left.png" in warning
+    assert f"6 images share their sample with other images, such as {path}/0.left.png" in warning
     assert "image=left.png reads one of each sample" in warning
     assert images_of(path, ":image=left.png") == [0, 1, 2]
 
@@ -169,7 +171,7 @@ def test_samples_with_several_images_are_named(tmp_path, caplog):
 def test_other_files_are_counted_and_named(tmp_path, caplog, name, words):
     path = write_tar(tmp_path / "a.tar", {"0.png": picture(0), name: picture(1), "0.json": b"{}", "._0.png": b"x"})
     (warning,) = warnings_of(path, caplog)
-    assert f"{path}: left out are {words} (1, such as {path}/{name})." in warning
+    assert f"{path}: skipped: {words} (1, such as {path}/{name})." in warning
 
 
 def add_link(tar, name, target, kind):
@@ -209,7 +211,9 @@ def test_sparse_images_are_refused(tmp_path):
 def test_joined_tars_are_refused(tmp_path):
     parts = [write_tar(tmp_path / f"{n}.tar", {f"{n}.png": picture(n)}).read_bytes() for n in range(2)]
     (tmp_path / "both.tar").write_bytes(b"".join(parts))
-    with pytest.raises(DataError, match=r"both\.tar goes on after the end of its archive, at byte 1024.*--concatenate"):
+    with pytest.raises(
+        DataError, match=r"both\.tar has data after the end of its archive, at byte 1024.*--concatenate"
+    ):
         build_dataset(f"WebDataset:urls={tmp_path}/both.tar")
     (tmp_path / "both.tar").write_bytes(parts[0] + bytes(3_000_001))
     assert images_of(tmp_path / "both.tar") == [0]
@@ -254,10 +258,10 @@ def test_class_tars_that_are_broken_links_or_special_files(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("urls", "message"),
     [
-        ("'https://host/a.tar'", "'https://host/a.tar' is not a path.*download them, or mount"),
+        ("'https://host/a.tar'", "'https://host/a.tar' is not a path.*download them or mount"),
         ("'s3://bucket/a-{0..3}.tar'", "is not a path"),
         ("'pipe:curl x'", "is not a path"),
-        ("/nowhere/*.tar", r"no shard fits /nowhere/\*\.tar"),
+        ("/nowhere/*.tar", r"no shard matches /nowhere/\*\.tar"),
         ("/nowhere/a.tar", "1 of 1 shards are missing: /nowhere/a.tar"),
         ("/nowhere/{3..1}.tar", "cannot read '{3..1}'.*from low to high"),
         ("/nowhere/{one}.tar", "cannot read '{one}'"),
@@ -291,15 +295,15 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
         path.write_bytes(content[: cut[damage]])
     else:
         path.write_bytes(content[: last.offset] + b"\x01" * 512 + content[last.offset + 512 :])
-    with pytest.raises(DataError, match=r"a\.tar is (truncated|not a whole tar file).*Write or copy it again"):
+    with pytest.raises(DataError, match=r"a\.tar is (truncated|not a complete tar file).*Write or copy it again"):
         build_dataset(f"WebDataset:urls={path}")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not a whole tar file: empty file"),
-        (b"no tar at all" * 100, "is not a whole tar file"),
+        (b"", "is not a complete tar file: empty file"),
+        (b"no tar at all" * 100, "is not a complete tar file"),
         (gzip.compress(bytes(10240), mtime=0), "is compressed.*gunzip"),
         (bytes(10240), "holds no images .*extensions are: none"),
     ],
@@ -314,11 +318,11 @@ def test_files_that_are_no_shards(tmp_path, content, message):
     ("files", "message"),
     [
         ({"1.json": b"{}", "1.cls": b"1"}, r"a\.tar holds no images \(looked for \.jpg,.*extensions are: cls, json"),
-        ({"1.png": b"", "1.jpg": b""}, r"two images for the sample '1', 1\.png and 1\.jpg\. Choose one by image="),
+        ({"1.png": b"", "1.jpg": b""}, r"two images for the sample '1', 1\.png and 1\.jpg\. Choose one with image="),
         ({"1.x.png": b"", "1.x.jpg": b""}, r"two images for the sample '1\.x', 1\.x\.png and 1\.x\.jpg"),
         (
             {".1.png": b"", "2.tar": b""},
-            r"are: tar\); left out are hidden image files \(1, such as \.1\.png\); archives",
+            r"are: tar\); skipped: hidden image files \(1, such as \.1\.png\); archives",
         ),
     ],
 )
