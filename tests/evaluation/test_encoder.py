@@ -84,7 +84,7 @@ def test_damaged_files(tmp_path, damage):
 def test_other_checkpoints(tmp_path):
     path = save(tmp_path, {"model": {}})
     assert f"{path}: No vision transformer is named in these weights: there are no tensors" in message(path)
-    assert "it is no dict" in message(save(tmp_path, torch.zeros(2)))
+    assert "it is not a dict" in message(save(tmp_path, torch.zeros(2)))
 
 
 def test_config_file_for_a_checkpoint_without_config(tmp_path, caplog):
