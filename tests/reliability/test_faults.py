@@ -119,7 +119,7 @@ def test_a_nan_in_one_batch(run, uninterrupted):
 
 def test_a_worker_is_killed(run, uninterrupted):
     assert run.train("train.num_workers=2", fault="kill_a_worker 1 3") == [5, 2]
-    reason = r"A data-loading process is gone \(.+\)\. If .* ran out of memory: ask for more, or lower train.num_w"
+    reason = r"A data-loading process is gone \(.+\)\. If .* ran out of memory: request more, or lower train.num_w"
     assert re.search(f"dinov2-eq: {reason}", run.printed(1))
     assert re.search(f"{NAME.format(1)} stopped: DataError: {reason}", run.printed(0))
     newest = int(max(run.names_of_checkpoints()))  # batches that were ready may have been used

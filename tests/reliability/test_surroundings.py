@@ -73,7 +73,7 @@ def test_little_shared_memory(tmp_path):
         timeout=120,
     )
     assert done.returncode == 2
-    expected = "dinov2-eq: /dev/shm, through which data-loading processes hand over their batches, is too small"
+    expected = "dinov2-eq: /dev/shm, through which data-loading processes send their batches, is too small"
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
 
