@@ -31,6 +31,7 @@ class PathViews(NamedTuple):
     fractions: tuple[float, ...]
     share: float = 1.0  # of the images
     local_size: bool = False  # the size of the local crops; False: of the global crops
+    with_base: bool = False  # the objective also reads the second global view of these images, so that has no mask
 
 
 class Drawn(NamedTuple):
@@ -80,13 +81,14 @@ class ViewBatch(NamedTuple):
 
     Groups of views by name: "global" holds the anchor view v1, then the second view (v2 = g_theta(u), or u); "local"
     the local crops, where an objective needs them; "path" g at the requested fractions of theta on the base views of
-    `path_rows`, where an objective wants the student to encode these.
+    `path_rows`, where an objective wants the student to encode these. Targets then have the rows and the size of that
+    group.
     """
 
     groups: dict[str, Group]
     theta: Tensor  # [B, A]
     known: Tensor  # [B] bool
-    targets: Tensor  # [F, B, C, H, W] g at fractions of theta on u, as pixels; F = 0 where nobody needs them
+    targets: Tensor  # [F, B or R, C, H, W] g at fractions of theta on u, as pixels; F = 0 where nobody needs them
     path_rows: Tensor  # [R] int64
 
 

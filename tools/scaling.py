@@ -24,7 +24,7 @@ from dinov2_eq.models import ARCHS, build_backbone
 from dinov2_eq.models.vision_transformer import kept_per_token
 from dinov2_eq.train.build import build_arch
 from dinov2_eq.train.estimate import count_parameters, estimate_memory
-from dinov2_eq.types import GLOBAL, LOCAL, Group
+from dinov2_eq.types import GLOBAL, LOCAL, Group, Scene, ViewBatch
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 MODELS = {
@@ -136,9 +136,10 @@ def count(name: str) -> dict[str, Any]:
         if "reconstruction" in arch.objectives:
             leaf = tokens._replace(patches=tokens.patches.detach().requires_grad_())
             detached = student._replace(tokens={GLOBAL: leaf})
-            decoders = forward_and_backward(
-                lambda: arch.objectives["reconstruction"].reconstruct(detached, global_crops.shape[-2:])
-            )
+            none = torch.empty(0)
+            views = ViewBatch(groups, none, none, targets=global_crops[:0], path_rows=none)
+            scene = Scene(views, detached, teacher=None, teacher_temp=1.0)
+            decoders = forward_and_backward(lambda: arch.objectives["reconstruction"].reconstruct(scene))
     parts = {
         "student forward": forward,
         "student backward": backward,

@@ -9,6 +9,7 @@ from dinov2_eq.models import BACKBONES
 from dinov2_eq.models.backbone import BackboneKind
 from dinov2_eq.objectives.base import Context, ObjectiveSettings
 from dinov2_eq.settings import LARGEST_HUE, CropsConfig, EvaluationConfig, StudentConfig, problems_of
+from dinov2_eq.types import GLOBAL, LOCAL
 
 
 def check(config: Config) -> None:
@@ -26,12 +27,12 @@ def check(config: Config) -> None:
 
 def objective_context(config: Config) -> Context:
     """Returns what objectives may depend on beside their own settings."""
-    patch_size = max(BACKBONES[config.student.arch].patch_size(config.student), 1)
-    side = math.ceil(config.crops.global_crops_size / patch_size)
+    crops, patch_size = config.crops, max(BACKBONES[config.student.arch].patch_size(config.student), 1)
+    side = math.ceil(crops.global_crops_size / patch_size)
     batch = config.train.batch_size_per_gpu
     return Context(
         sections=config.objectives(),
-        image_size=config.crops.global_crops_size,
+        crop_sizes={GLOBAL: crops.global_crops_size, LOCAL: crops.local_crops_size},
         patch_size=patch_size,
         grid=(side, side),
         batch_size=batch,

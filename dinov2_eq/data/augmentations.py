@@ -129,11 +129,14 @@ def make_views(
     anchor_params, base_params, local_params = _split_views(batch.photometric)
     anchor = apply_photometric(_to_float(batch.anchor_crops), anchor_params)
     base = apply_photometric(_to_float(batch.base_canvases), base_params)  # [B, C, Hc, Wc]
-    second = pairing.path(base, batch.theta, [*targets, pairing.second], size)  # [F + 1, B, C, H, W]
+    # Without a path the targets are made along with the second view, in one resampling.
+    along = targets if path is None else ()
+    second = pairing.path(base, batch.theta, [*along, pairing.second], size)  # [F + 1, B, C, H, W]
 
     mean = torch.tensor(list(crops.mean), device=base.device)[:, None, None]
     std = torch.tensor(list(crops.std), device=base.device)[:, None, None]
     second = (second - mean) / std
+    rebuilt = second[:-1]
     masks = batch.masks if batch.masks.shape[-1] else None
     groups = {GLOBAL: Group(torch.stack([(anchor - mean) / std, second[-1]]), masks, batch.masked_patches)}
     if num_local:
@@ -141,12 +144,13 @@ def make_views(
         groups[LOCAL] = Group(((local_crops - mean) / std).unflatten(0, (num_local, -1)))
     if path is not None:
         rows = batch.path_rows
-        views = pairing.path(base[rows], batch.theta[rows], path.fractions, size)  # [F, R, C, H, W]
+        views = pairing.path(base[rows], batch.theta[rows], [*targets, *path.fractions], size)  # [F, R, C, H, W]
         if path.local_size:
             small = F.interpolate(views.flatten(0, 1), (crops.local_crops_size,) * 2, mode="bilinear", antialias=True)
             views = small.unflatten(0, views.shape[:2])
-        groups[PATH] = Group((views - mean) / std)
-    return ViewBatch(groups, batch.theta, batch.known, second[:-1], batch.path_rows)
+        views = (views - mean) / std
+        rebuilt, groups[PATH] = views[: len(targets)], Group(views[len(targets) :])
+    return ViewBatch(groups, batch.theta, batch.known, rebuilt, batch.path_rows)
 
 
 def _to_float(images: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dinov2_eq.data.masking import BlockMasking
-from dinov2_eq.types import CollatedBatch, PhotometricParams, Sample
+from dinov2_eq.types import CollatedBatch, PathViews, PhotometricParams, Sample
 
 
 class Collate:
@@ -18,16 +18,16 @@ class Collate:
 
     Args:
         masking: None: no masks.
-        path_share: share of the images whose path is encoded, spread evenly over the positions.
+        path: views for one objective alone; their images are spread evenly over the positions. None: there are none.
     """
 
     def __init__(
-        self, masking: BlockMasking | None, seed: int, global_batch_size: int, path_share: float = 0.0
+        self, masking: BlockMasking | None, seed: int, global_batch_size: int, path: PathViews | None = None
     ) -> None:
         self.masking = masking
         self.seed = seed
         self.global_batch_size = global_batch_size
-        self.path_share = path_share
+        self.path = path
 
     def __call__(self, samples: Sequence[Sample]) -> CollatedBatch:
         photometric = zip(*(sample.photometric for sample in samples), strict=True)
@@ -47,16 +47,21 @@ class Collate:
         )
 
     def _has_path(self, position: int) -> bool:
-        return int((position + 1) * self.path_share) > int(position * self.path_share)
+        share = self.path.share if self.path else 0.0
+        return int((position + 1) * share) > int(position * share)
+
+    def _reads_base(self, position: int) -> bool:
+        return self.path is not None and self.path.with_base and self._has_path(position)
 
     def _draw_masks(self, positions: Sequence[int]) -> Tensor:
         """Draws masks [2, B, N] bool; N = 0 without masking."""
         if self.masking is None:
             return torch.zeros(2, len(positions), 0, dtype=torch.bool)
-        masks = []
-        for step, group in groupby(positions, key=lambda position: position // self.global_batch_size):
-            slots = [position % self.global_batch_size for position in group]
-            slots += [self.global_batch_size + slot for slot in slots]
-            drawn = self.masking(2 * self.global_batch_size, slots, self.seed, step)
+        masks, size = [], self.global_batch_size
+        for step, group in groupby(positions, key=lambda position: position // size):
+            slots = [position % size for position in group]
+            slots += [size + slot for slot in slots]
+            visible = [size + slot for slot in range(size) if self._reads_base(step * size + slot)]
+            drawn = self.masking(2 * size, slots, self.seed, step, visible)
             masks.append(drawn.unflatten(0, (2, -1)))
         return torch.cat(masks, dim=1)

@@ -17,7 +17,7 @@ from dinov2_eq.data.masking import BlockMasking
 from dinov2_eq.data.samplers import StreamSampler
 from dinov2_eq.data.seeding import Stream, numpy_generator, torch_generator
 from dinov2_eq.data.workers import Loader
-from dinov2_eq.types import CollatedBatch, Sample
+from dinov2_eq.types import CollatedBatch, PathViews, Sample
 
 SMALL_IMAGE_SIZE = 64  # up to here, evaluation shows the whole short side
 RESIZE_FACTOR = 256 / 224
@@ -50,7 +50,7 @@ def make_train_loader(
     world_size: int,
     start_position: int = 0,
     num_workers: int = 0,
-    path_share: float = 0.0,
+    path: PathViews | None = None,
 ) -> DataLoader[CollatedBatch]:
     """An endless loader of `CollatedBatch` for one process.
 
@@ -62,7 +62,7 @@ def make_train_loader(
         batch_size: images of one process in one microbatch.
         global_batch_size: images of one optimizer step, over all processes and microbatches.
         start_position: number of samples that all processes together have seen already.
-        path_share: see `Collate`.
+        path: see `Collate`.
 
     Raises:
         DataError: the dataset is empty.
@@ -78,7 +78,7 @@ def make_train_loader(
         TrainingSamples(dataset, multi_crop, seed),
         batch_size=batch_size,
         sampler=sampler,
-        collate_fn=Collate(masking, seed, global_batch_size, path_share),
+        collate_fn=Collate(masking, seed, global_batch_size, path),
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
     )

@@ -17,10 +17,10 @@ NUM_ATTEMPTS = 10
 class BlockMasking:
     """Draws masks for the global crops of one step.
 
-    Of all crops of the step, over all processes, exactly floor(`sample_probability` * number) get a mask. Their ratios
-    are stratified: the range `ratio_min_max` is cut into as many equal buckets as there are masks, and each mask draws
-    its ratio from its own bucket. Random numbers are fixed by (seed, step, slot), where a slot is the place of a crop
-    in the step, so a process only draws the masks of its own slots.
+    Of all crops of the step, over all processes, exactly floor(`sample_probability` * number) get a mask, or all that
+    may have one. Their ratios are stratified: the range `ratio_min_max` is cut into as many equal buckets as there are
+    masks, and each mask draws its ratio from its own bucket. Random numbers are fixed by (seed, step, slot), where a
+    slot is the place of a crop in the step, so a process only draws the masks of its own slots.
 
     Args:
         grid: (h, w) in patches.
@@ -33,10 +33,18 @@ class BlockMasking:
         self.ratio_min_max = ratio_min_max
         self.sample_probability = sample_probability
 
-    def __call__(self, num_crops_total: int, slots: Sequence[int], seed: int, step: int) -> Tensor:
-        """Draws masks [len(slots), h * w] bool for the given slots out of 0 .. num_crops_total - 1."""
-        num_masked = int(num_crops_total * self.sample_probability)
-        bucket_of_slot = numpy_generator(Stream.MASK_ASSIGNMENT, seed, step).permutation(num_crops_total)
+    def __call__(
+        self, num_crops_total: int, slots: Sequence[int], seed: int, step: int, visible: Sequence[int] = ()
+    ) -> Tensor:
+        """Draws masks [len(slots), h * w] bool for the given slots out of 0 .. num_crops_total - 1.
+
+        Args:
+            visible: slots of crops that get no mask; the others get as many masks as if there were none of these.
+        """
+        maskable = np.setdiff1d(np.arange(num_crops_total), visible)
+        num_masked = min(int(num_crops_total * self.sample_probability), len(maskable))
+        bucket_of_slot = np.full(num_crops_total, num_masked)
+        bucket_of_slot[maskable] = numpy_generator(Stream.MASK_ASSIGNMENT, seed, step).permutation(len(maskable))
         edges = np.linspace(*self.ratio_min_max, num_masked + 1)
         masks = np.zeros((len(slots), *self.grid), dtype=bool)
         for mask, slot in zip(masks, slots, strict=True):

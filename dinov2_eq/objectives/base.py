@@ -62,7 +62,7 @@ class Context(NamedTuple):
     """What an objective may depend on beside its own settings: sizes that other sections of the config decide."""
 
     sections: Mapping[str, "ObjectiveSettings"]  # all objectives', for one that shares another's head
-    image_size: int  # side of a global view in pixels
+    crop_sizes: Mapping[str, int]  # side in pixels of a "global" and of a "local" crop
     patch_size: int  # pixels
     grid: tuple[int, int]  # patches of a global view
     batch_size: int  # images in one forward of one process

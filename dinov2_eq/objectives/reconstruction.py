@@ -1,4 +1,4 @@
-"""The equivariance task: rebuild K images between u and g_theta(u) from the equivariant tokens of v1 and g_theta(u).
+"""The equivariance task: rebuild K images between u and g_theta(u) from the equivariant tokens of two views.
 
 L_recon = (1 / K) sum_k mean((u_hat_k - u_k)^2), k = 1..K (Wang et al., arXiv 2503.18753, section 3).
 """
@@ -15,7 +15,7 @@ from dinov2_eq.equivariance.pairing import BORDERS, TransformPairing
 from dinov2_eq.equivariance.transforms import Transform, build_transform
 from dinov2_eq.objectives.base import Context, Needs, Objective, ObjectiveSettings
 from dinov2_eq.settings import LARGEST_HUE, LOW_HIGH, setting
-from dinov2_eq.types import GLOBAL, PATH, NetworkOutput, PathViews, Scene, Term
+from dinov2_eq.types import GLOBAL, LOCAL, PATH, PathViews, Scene, Term
 
 
 @dataclass
@@ -28,11 +28,16 @@ class EquivarianceConfig(ObjectiveSettings):
     )
     view: str = setting(
         "second",
-        "which view g transforms: second (the papers), or third: a view g(u) of its own that only the decoders read, "
-        "while the base losses see v1 and u",
+        "which view g transforms: second (the papers: all losses see v1 and g(u)), or third: the base losses see v1 "
+        "and u, and g(u) is a view of its own, which the decoders read together with u",
         choices=("second", "third"),
     )
-    third_view_share: float = setting(1.0, "share of the images that get a third view", interval="(0, 1]")
+    third_view_share: float = setting(0.5, "share of the images that get a third view", interval="(0, 1]")
+    third_view_size: str = setting(
+        "global",
+        "size of the third view: global, or local: u and g(u) are shrunk to the size of a local crop",
+        choices=(GLOBAL, LOCAL),
+    )
     transform: str = setting("se2", "g: rotation, translation, se2, color_jitter, blur, or a registered name")
     num_intermediates: int = setting(
         2, "K: targets strictly between the base and the transformed view", interval="[0, inf)"
@@ -74,8 +79,14 @@ class EquivarianceConfig(ObjectiveSettings):
             split=(self.patch_dim - self.equivariant_dim, self.equivariant_dim),
             targets=self.fractions() if rebuilds else (),
             shown=self.fractions(),
-            path=PathViews((1.0,), self.third_view_share) if rebuilds and self.view == "third" else None,
+            path=self.third_view() if rebuilds and self.view == "third" else None,
         )
+
+    def third_view(self) -> PathViews:
+        """Returns what the student encodes for the decoders alone: g(u), and u itself where that is of another size."""
+        if self.third_view_size == LOCAL:
+            return PathViews((0.0, 1.0), self.third_view_share, local_size=True)
+        return PathViews((1.0,), self.third_view_share, with_base=True)
 
     def fractions(self) -> tuple[float, ...]:
         """Returns k / (K + 1) for k = 1..K: where on the way from u to g_theta(u) the targets lie."""
@@ -117,10 +128,11 @@ class EquivarianceConfig(ObjectiveSettings):
                 f"equivariance.equivariant_dim={self.equivariant_dim} must be less than "
                 f"equivariance.patch_dim={self.patch_dim}, or nothing is left for the base losses"
             )
-        size, patch_size = context.image_size, context.patch_size
+        side = self.third_view_size if self.view == "third" else GLOBAL
+        size, patch_size = context.crop_sizes[side], context.patch_size
         if self.loss_weight > 0 and size % patch_size:
             yield (
-                f"crops.global_crops_size={size} is not made of whole patches of {patch_size} pixels, which the "
+                f"crops.{side}_crops_size={size} is not made of whole patches of {patch_size} pixels, which the "
                 f"decoders rebuild; the nearest is {max(round(size / patch_size), 1) * patch_size}"
             )
         if self.num_intermediates == 0:
@@ -160,33 +172,27 @@ class Reconstruction(Objective):
         self.decoders = nn.ModuleList(decoders)
         self.patch_size = patch_size
 
-    def reconstruct(self, student: NetworkOutput, size: Sequence[int], rows: Tensor | None = None) -> Tensor:
-        """Returns u_hat_k for k = 1..K, [K, R, 3, H, W] in normalised pixel values.
-
-        Args:
-            size: (H, W) of the views.
-            rows: [R] the images that have a third view; None: g transforms the second view of all.
-        """
-        patches = student.tokens[GLOBAL].patches  # [2, B, N, D]
-        if rows is None:
-            anchor, transformed = student.equivariant(patches)  # each [B, N, D_equi]
-        else:
-            anchor, transformed = student.equivariant(torch.stack([patches[0, rows], student.tokens[PATH].patches[0]]))
-        grid = (size[0] // self.patch_size, size[1] // self.patch_size)
-        return torch.stack([decoder(anchor, transformed, grid) for decoder in self.decoders])
-
     def forward(self, scene: Scene) -> Term:
-        targets = scene.views.targets
-        if PATH in scene.student.tokens:
-            targets = targets[:, scene.views.path_rows]
-        return Term(reconstruction_loss(self._of(scene), targets), {})
+        return Term(reconstruction_loss(self.reconstruct(scene), scene.views.targets), {})
+
+    def reconstruct(self, scene: Scene) -> Tensor:
+        """Returns u_hat_k for k = 1..K, [K, R, 3, H, W] in normalised pixel values."""
+        height, width = scene.views.targets.shape[-2:]
+        grid = (height // self.patch_size, width // self.patch_size)
+        first, second = scene.student.equivariant(self.pair(scene))  # each [R, N, D_equi]
+        return torch.stack([decoder(first, second, grid) for decoder in self.decoders])
+
+    @staticmethod
+    def pair(scene: Scene) -> Tensor:
+        """Returns the patch tokens that the decoders read, [2, R, N, D]: of v1 and g(u), or of u and a third view."""
+        patches = scene.student.tokens[GLOBAL].patches  # [2, B, N, D]
+        if PATH not in scene.student.tokens:
+            return patches
+        path = scene.student.tokens[PATH].patches  # of g(u), or of u and g(u)
+        return path if len(path) == 2 else torch.stack([patches[1, scene.views.path_rows], path[0]])
 
     def pictures(self, scene: Scene) -> dict[str, Tensor]:
-        return {"reconstructions": self._of(scene)}
-
-    def _of(self, scene: Scene) -> Tensor:
-        rows = scene.views.path_rows if PATH in scene.student.tokens else None
-        return self.reconstruct(scene.student, scene.views.groups[GLOBAL].images.shape[-2:], rows)
+        return {"reconstructions": self.reconstruct(scene)}
 
 
 def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:

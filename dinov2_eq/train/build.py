@@ -189,7 +189,7 @@ def build_train_loader(
         world_size=get_world_size(),
         start_position=start_step * global_batch_size(config),
         num_workers=num_workers,
-        path_share=needs.path.share if needs.path else 0.0,
+        path=needs.path,
     )
 
 

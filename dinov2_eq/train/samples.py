@@ -44,12 +44,11 @@ class SampleWriter:
         make = partial(make_views, crops=crops, pairing=pairing, targets=fractions, path=path)
         self.views = make(batch)
         still = make(batch._replace(theta=torch.zeros_like(batch.theta)))
-        anchor, second = self.views.groups[GLOBAL].images
-        transformed = self.views.groups[PATH].images[-1] if path else second
+        group = PATH if path else GLOBAL
         self.arrays = {
-            "anchor_view": self._pixels(anchor),
-            "base_view": self._pixels(still.groups[GLOBAL].images[1]),  # g with theta = 0
-            "transformed_view": self._pixels(transformed),
+            "anchor_view": self._pixels(self.views.groups[GLOBAL].images[0]),
+            "base_view": self._pixels(still.groups[group].images[-1]),  # g with theta = 0
+            "transformed_view": self._pixels(self.views.groups[group].images[-1]),
             "intermediate_targets": self._pixels(self.views.targets),
             "fractions": np.array(fractions),
             "theta": batch.theta.cpu().numpy(),

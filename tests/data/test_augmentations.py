@@ -198,7 +198,9 @@ def test_a_path_of_some_images(local_size):
     views = views_of(batch, transform, 1, path=path)
     images = views.groups[PATH].images
     assert images.shape == (2, 2, 3, 16, 16) if local_size else (2, 2, 3, 32, 32)
-    expected = torch.stack([views.targets[0], views.groups[GLOBAL].images[1]])[:, [1, 3]]
+    without = views_of(batch, transform, 1)
+    expected = torch.stack([without.targets[0], without.groups[GLOBAL].images[1]])[:, [1, 3]]
+    torch.testing.assert_close(views.targets[0], images[0])  # K = 1: the target lies at half of theta too
     if local_size:
         expected = torch.nn.functional.interpolate(
             expected.flatten(0, 1), (16, 16), mode="bilinear", antialias=True

@@ -19,6 +19,7 @@ from dinov2_eq.data.masking import BlockMasking
 from dinov2_eq.equivariance.pairing import TransformPairing
 from dinov2_eq.equivariance.transforms import build_transform
 from dinov2_eq.settings import CropsConfig
+from dinov2_eq.types import PathViews
 from tests.data.datasets.tars import write_tar
 
 SEED = 7
@@ -112,11 +113,21 @@ def test_a_share_of_the_images_has_a_path_on_any_number_of_processes(share):
     def rows(batches):
         return torch.cat([batch.anchor_crops[batch.path_rows] for batch in batches])
 
-    whole = take(5, path_share=share)
+    path = PathViews((1.0,), share)
+    whole = take(5, path=path)
     assert sum(len(batch.path_rows) for batch in whole) == int(40 * share)
-    ranks = [take(5, batch_size=4, rank=rank, world_size=2, path_share=share) for rank in (0, 1)]
+    ranks = [take(5, batch_size=4, rank=rank, world_size=2, path=path) for rank in (0, 1)]
     merged = [batch for together in zip(*ranks, strict=True) for batch in together]
     assert torch.equal(rows(whole), rows(merged))
+
+
+def test_a_base_view_that_an_objective_reads_is_never_masked():
+    path = PathViews((1.0,), 0.5, with_base=True)
+    for batch, other in zip(take(4, path=path), take(4), strict=True):
+        assert not batch.masks[1, batch.path_rows].any()
+        assert batch.masks.any(-1).sum() == other.masks.any(-1).sum()  # as many crops as ever
+    parts = [take(4, batch_size=4, rank=rank, world_size=2, path=path) for rank in (0, 1)]
+    assert_same(take(4, path=path), [batch for together in zip(*parts, strict=True) for batch in together])
 
 
 def test_batch_larger_than_the_dataset_and_no_masks():

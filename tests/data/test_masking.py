@@ -14,6 +14,15 @@ def test_exact_share_of_the_crops_is_masked(probability, num_crops):
         assert (masks.any(1)).sum() == int(num_crops * probability)
 
 
+def test_visible_crops_leave_their_masks_to_the_others():
+    masking = BlockMasking((14, 14), (0.1, 0.5), 0.5)
+    for step in range(5):
+        masked = masking(16, range(16), 0, step, visible=[1, 4, 9]).any(1)
+        assert masked.sum() == 8 and not masked[[1, 4, 9]].any()
+    masked = masking(16, range(16), 0, 0, visible=range(2, 16)).any(1)
+    assert masked.nonzero().flatten().tolist() == [0, 1]  # all that may have one
+
+
 def test_ratios_are_stratified_and_never_exceeded():
     masking = BlockMasking((14, 14), (0.1, 0.5), 0.5)
     edges = np.linspace(0.1, 0.5, 17)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from dinov2_eq.data.datasets import build_dataset
 from dinov2_eq.equivariance.transforms import build_transform
@@ -113,7 +114,7 @@ def test_runs_with_and_without_the_task_begin_equal():
 
 
 def test_the_third_view_is_for_the_decoders_alone():
-    """The base losses see v1 and u; v1 and g(u) of half of the images go to the decoders."""
+    """The base losses see v1 and u; u and g(u) of half of the images go to the decoders."""
     third = ["equivariance.view=third", "equivariance.third_view_share=0.5", "student.drop_path_rate=0"]
     config = tiny_config(*third, "equivariance.border=zeros")
     views, still = one_batch(config), one_batch(tiny_config("equivariance.enabled=false"))
@@ -124,17 +125,35 @@ def test_the_third_view_is_for_the_decoders_alone():
     torch.testing.assert_close(views.groups[PATH].images[0], transformed.groups[GLOBAL].images[1, rows])
 
     arch, output = forward(config, views)
-    anchor, masks = views.groups[GLOBAL].images[0], views.groups[GLOBAL].masks[0]
     backbone, split = arch.student["backbone"], arch.student["projection"]
     ours, theirs = (
-        split.equivariant(backbone.forward_features(images, hidden)["x_norm_patchtokens"])
-        for images, hidden in ((anchor[rows], masks[rows]), (views.groups[PATH].images[0], None))
+        split.equivariant(backbone.forward_features(images)["x_norm_patchtokens"])
+        for images in (views.groups[GLOBAL].images[1, rows], views.groups[PATH].images[0])
     )
     rebuilt = torch.stack([decoder(ours, theirs, (4, 4)) for decoder in arch.objectives["reconstruction"].decoders])
-    expected = (rebuilt - views.targets[:, rows]).square().mean()
+    torch.testing.assert_close(views.targets, transformed.targets[:, rows])
+    expected = (rebuilt - views.targets).square().mean()
     torch.testing.assert_close(output.losses["reconstruction"], expected)
     control = one_batch(tiny_config(*third, "equivariance.loss_weight=0"))
     assert PATH not in control.groups and len(control.targets) == 0
+
+
+def test_a_third_view_of_local_size():
+    """The decoders read, and rebuild, u and g(u) shrunk to the size of a local crop."""
+    third = ["equivariance.view=third", "equivariance.border=zeros", "student.drop_path_rate=0"]
+    config = tiny_config(*third, "equivariance.third_view_size=local")
+    views, whole = one_batch(config), one_batch(tiny_config(*third))
+    u, moved = views.groups[PATH].images
+    side = config.crops.local_crops_size
+    shrunk = F.interpolate(whole.groups[GLOBAL].images[1, views.path_rows], (side, side), mode="area")
+    assert u.shape[-1] == side == views.targets.shape[-1]
+    assert (u - shrunk).abs().mean() < 0.2 * (u - moved).abs().mean()
+    arch, output = forward(config, views)
+    backbone, split = arch.student["backbone"], arch.student["projection"]
+    tokens = [split.equivariant(backbone.forward_features(images)["x_norm_patchtokens"]) for images in (u, moved)]
+    grid = (side // config.student.patch_size,) * 2
+    rebuilt = torch.stack([decoder(*tokens, grid) for decoder in arch.objectives["reconstruction"].decoders])
+    torch.testing.assert_close(output.losses["reconstruction"], (rebuilt - views.targets).square().mean())
 
 
 @pytest.mark.parametrize("num_intermediates", [1, 2, 3])

@@ -74,6 +74,7 @@ def train_until(config, folder, step, monkeypatch):
         ["equivariance.loss_weight=0", "optim.clip_grad_per=tensor"],
         ["equivariance.view=third", "equivariance.third_view_share=0.5", "evaluation.sample_period_steps=3"],
         ["equivariance.view=third", "equivariance.third_view_share=0.1"],  # most batches have none
+        ["equivariance.view=third", "equivariance.third_view_size=local", "evaluation.sample_period_steps=3"],
         ["train.batch_size_per_gpu=2", "train.accumulation_steps=2", "train.num_workers=1"],
         ["dino.loss_weight=0", "dino.koleo_loss_weight=0", "ibot.loss_weight=0", "simclr.loss_weight=1"],
         [
