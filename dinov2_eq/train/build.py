@@ -1,4 +1,4 @@
-"""Config -> objects. The only place that knows both; every object gets its section of the config, or plain values."""
+"""Builds the objects of a run. Each gets its own section of the config or plain values, never the whole config."""
 
 import copy
 import zlib
@@ -31,7 +31,7 @@ from dinov2_eq.types import CollatedBatch, ViewBatch
 
 
 def global_batch_size(config: Config, world_size: int | None = None) -> int:
-    """Returns the images in one optimizer step of `world_size` processes, or of as many as there are."""
+    """Returns the number of images in one optimizer step; `world_size` defaults to the number of running processes."""
     processes = get_world_size() if world_size is None else world_size
     return config.train.batch_size_per_gpu * config.train.accumulation_steps * processes
 
@@ -43,15 +43,15 @@ def uses_half_precision(config: Config, device: torch.device) -> bool:
 
 
 def build_arch(config: Config, device: torch.device, read_weights: Callable[[], Parts] | None = None) -> SSLMetaArch:
-    """Builds student, teacher and objectives with the weights of `train.seed`, spread over all processes.
+    """Builds student, teacher and objectives, initialised from `train.seed` and sharded over all processes.
 
-    On the meta device it is only the description of all that, for counting.
+    On the meta device no memory is allocated and nothing is initialised, which is enough to count parameters.
 
     Args:
-        read_weights: gives weights to start from, by module; the main process calls it.
+        read_weights: returns initial weights by module; only the main process calls it.
 
     Raises:
-        ValueError: a strategy that does not fit the number of processes.
+        ValueError: `fsdp.strategy` does not fit the number of processes, or the weights do not fit the backbone.
     """
     needs = config.needs()
     with torch.device("meta"):
@@ -109,10 +109,10 @@ def _build_objectives(config: Config, dim: int) -> tuple[dict[str, Objective], d
 
 
 def _initial_state(name: str, module: nn.Module, seed: str, found: Parts | None) -> dict[str, Tensor]:
-    """Returns initial weights of a module built on the meta device, on the CPU; those that were `found` go first.
+    """Returns the initial state dict, on the CPU, of a module built on the meta device; weights in `found` come first.
 
-    Every module draws from a seed of its own, so that it starts the same whatever else the run has and wherever it
-    runs. Weights that nothing sets stay NaN and stop the run at its first step.
+    Each module has its own seed, so its weights do not depend on the other modules, the device or the number of
+    processes. Weights that nothing initialises stay NaN and stop the run at its first step.
     """
     module.to_empty(device="cpu")
     for tensor in module.parameters():
@@ -125,7 +125,7 @@ def _initial_state(name: str, module: nn.Module, seed: str, found: Parts | None)
 
 
 def _initialise(module: nn.Module) -> None:
-    """Calls `init_weights`, which sets all below it, or torch's own `reset_parameters` and goes on below."""
+    """Calls `init_weights`, which also initialises submodules; else `reset_parameters`, and recurses into children."""
     if hasattr(module, "init_weights"):
         module.init_weights()
         return
@@ -142,7 +142,7 @@ def build_optimizer(config: Config, arch: SSLMetaArch) -> torch.optim.AdamW:
         layerwise_decay=optim.layerwise_decay,
         patch_embed_lr_mult=optim.patch_embed_lr_mult,
     )
-    # fused=True: torch falls back to a loop over parameters for sharded ones otherwise.
+    # Without fused=True, torch loops over sharded parameters one by one.
     return torch.optim.AdamW(groups, betas=(optim.adamw_beta1, optim.adamw_beta2), fused=True)
 
 
@@ -158,7 +158,7 @@ def build_multi_crop(config: Config) -> MultiCrop:
 
 
 def build_make_views(config: Config) -> Callable[[CollatedBatch], ViewBatch]:
-    """Returns `make_views` with everything but the batch filled in."""
+    """Returns `make_views` with every argument bound except the batch."""
     needs = config.needs()
     return partial(
         make_views,
@@ -172,7 +172,7 @@ def build_make_views(config: Config) -> Callable[[CollatedBatch], ViewBatch]:
 def build_train_loader(
     config: Config, dataset: ImageDataset, start_step: int, num_workers: int
 ) -> DataLoader[CollatedBatch]:
-    """Returns an endless loader of batches from update number `start_step` on."""
+    """Returns an endless loader of training batches, from those of step `start_step` on."""
     needs = config.needs()
     masking = None
     if needs.masks:
@@ -194,7 +194,7 @@ def build_train_loader(
 
 
 def make_run(config: Config, device: torch.device, read_weights: Callable[[], Parts] | None = None) -> Run:
-    """Builds everything that `train_step` needs; see `build_arch`."""
+    """Builds everything that `train_step` needs; the arguments are those of `build_arch`."""
     arch = build_arch(config, device, read_weights)
     return Run(
         arch=arch,

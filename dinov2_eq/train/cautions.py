@@ -1,4 +1,4 @@
-"""Settings that can run, but train nothing or not what was meant."""
+"""Warnings about settings that run, but train nothing or not what was meant."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from dinov2_eq.settings import OptimConfig, TeacherConfig
 
 
 def cautions(config: Config) -> list[str]:
-    """Returns a sentence for each such setting, with its value and what to do; [] where all is well."""
+    """Returns a sentence for each setting that runs but trains nothing useful, with its value and a remedy."""
     context = objective_context(config)
     sections = config.objectives().items()
     found = [sentence for name, section in sections for sentence in section.cautions(name, context)]

@@ -1,4 +1,4 @@
-"""What can go wrong before the first step, found without memory for weights."""
+"""The checks of `dinov2-eq train --dry-run`, which allocate no memory for weights."""
 
 import torch
 
@@ -12,30 +12,30 @@ from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
 
 
 def outline(config: Config) -> SSLMetaArch:
-    """The modules of a run, on the meta device.
+    """Builds the modules of a run on the meta device.
 
     Raises:
-        ValueError: they cannot be built.
+        ValueError: the modules cannot be built.
     """
     build_multi_crop(config)
     return build_arch(config, torch.device("meta"))
 
 
 def count_images(config: Config, half_precision: bool) -> int:
-    """Number of training images; the data of the online k-NN are opened too.
+    """Returns the number of training images, and checks that the data of the online k-NN can be opened.
 
     Raises:
-        ValueError, OSError: data that a run could not use.
+        ValueError, OSError: the data cannot be used.
     """
     build_online_knn(config, half_precision)
     return len(build_dataset(config.train.dataset_path))
 
 
 def print_plan(config: Config, half_precision: bool) -> None:
-    """Prints what a run will take, and its cautions. Data that cannot be opened leave out the passes over them only.
+    """Prints the plan and the cautions of a run; without usable data, only the number of passes is missing.
 
     Raises:
-        ValueError, OSError: the run cannot work.
+        ValueError, OSError: the modules cannot be built, or (after printing) the data cannot be used.
     """
     arch, num_images = outline(config), None
     try:

@@ -1,7 +1,7 @@
-"""What a run will take, before it starts: `dinov2-eq train --dry-run`.
+"""Estimates batch, length, parameters and memory of a run: `dinov2-eq train --dry-run`.
 
-Memory is counted from the modules and from what autograd keeps of each operation. tests/train/test_estimate.py measures
-the same on a CPU.
+Memory is computed from the modules and from what autograd keeps for each operation. tests/train/test_estimate.py
+compares it with measurements on a CPU.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
 
 GIB = 1024**3
 HALF_BYTES = 2
-# What a decoder keeps beside its inputs, in units of its width: for each pixel, or for each patch beside its blocks.
+# Values that autograd keeps in a decoder beyond its inputs, per unit of its width. Cross-attention: beyond its blocks.
 CONV_KEPT_PER_PIXEL = 0.55
 CROSS_ATTENTION_KEPT_PER_PATCH = 6
 
@@ -33,12 +33,12 @@ def count_parameters(modules: Mapping[str, nn.Module]) -> dict[str, int]:
 def estimate_memory(
     config: Config, arch: SSLMetaArch, half_precision: bool, world_size: int = 1, nodes: int = 1
 ) -> dict[str, float]:
-    """Memory of one of `world_size` processes on `nodes` nodes, in GiB, at the end of the forward pass.
+    """Estimates the memory of each of `world_size` processes on `nodes` nodes, in GiB, at the end of the forward pass.
 
-    The parts are "weights and optimizer" (exact), "gathered weights" (what sharded or bfloat16 computation needs beside
-    the stored ones), "backbone", "heads" and "decoders" (what autograd keeps, within 15 %), "logits" (what passes by
-    before they are probabilities), and "total". What SimCLR and VICReg keep is not counted. The driver's context, nccl
-    and the allocator's gaps come on top: leave a tenth free.
+    The parts are "weights and optimizer" (exact), "gathered weights" (copies for sharded or bfloat16 computation),
+    "backbone", "heads" and "decoders" (what autograd keeps, within 15 %), "logits" (temporary, before they become
+    probabilities), and "total". What autograd keeps for SimCLR and VICReg is not counted. The driver's context, NCCL
+    and allocator fragmentation come on top: leave 10 % free.
     """
     compute_bytes = HALF_BYTES if half_precision else FLOAT_BYTES
     parts = {
@@ -54,12 +54,12 @@ def _weights(config: Config, arch: SSLMetaArch, compute_bytes: int, world_size: 
     trainable = sum(count_parameters(arch.trainable_modules()).values())
     teacher = sum(parameter.numel() for parameter in arch.teacher.parameters()) if arch.teacher else 0
     stored = FLOAT_BYTES * (trainable * 4 + teacher)  # weights, gradients, two moments of AdamW; the teacher's weights
-    if world_size == 1 or config.fsdp.strategy == "none":  # nothing is gathered; autocast keeps what it has converted
+    if world_size == 1 or config.fsdp.strategy == "none":  # nothing is gathered, but autocast caches converted weights
         converted = compute_bytes * trainable if compute_bytes < FLOAT_BYTES else 0
         return {"weights and optimizer": stored, "gathered weights": converted}
     strategy = STRATEGIES[config.fsdp.strategy]
     _, shards = strategy.mesh_shape(world_size, world_size // nodes)
-    # Two units are under way at any time, one in use and one in transit; their gradients are summed in float32.
+    # Two units are gathered at any time, one in use and one in transit; their gradients are summed in float32.
     under_way = 2 * largest_unit(arch)
     gathered = under_way if strategy.reshard else trainable
     return {
@@ -69,7 +69,7 @@ def _weights(config: Config, arch: SSLMetaArch, compute_bytes: int, world_size: 
 
 
 def largest_unit(arch: SSLMetaArch) -> int:
-    """Returns the parameters of the largest stage, head or decoder: what is gathered at once."""
+    """Returns the number of parameters in the largest stage, head or decoder, the unit that FSDP gathers at once."""
     stages = [stage for module in arch.modules() if hasattr(module, "stages") for stage in module.stages()]
     heads = [module for name, module in arch.student.items() if name not in ("backbone", "projection")]
     own = [part for term in arch.objectives.values() for part in term.modules() if part is not term]
@@ -79,7 +79,7 @@ def largest_unit(arch: SSLMetaArch) -> int:
 
 def _backbone(config: Config, compute_bytes: int) -> float:
     crops, needs = config.crops, config.needs()
-    views = {crops.global_crops_size: 2.0}  # of each image, by size
+    views = {crops.global_crops_size: 2.0}  # views of each image, by size in pixels
     if needs.local_crops:
         views[crops.local_crops_size] = views.get(crops.local_crops_size, 0) + crops.local_crops_number
     if needs.path:
@@ -91,14 +91,14 @@ def _backbone(config: Config, compute_bytes: int) -> float:
     for size, number in views.items():
         stages = backbone.kept_of_image(size, compute_bytes) if number else []
         kept = sum(stage.inside for stage in stages)
-        if config.fsdp.activation_checkpointing and stages:  # the inputs of all, and everything of the one at work
+        if config.fsdp.activation_checkpointing and stages:  # the inputs of all, and everything in one
             kept = sum(stage.input for stage in stages) + max(stage.inside for stage in stages)
         total += number * kept
     return config.train.batch_size_per_gpu * total
 
 
 def _heads(config: Config, arch: SSLMetaArch, compute_bytes: int) -> dict[str, float]:
-    """Log-probabilities of the student, probabilities of the teacher, both in float32; the MLP; prototypes' weights."""
+    """Counts the bytes of student and teacher probabilities (float32), of the MLP and of the prototype weights."""
     batch = config.train.batch_size_per_gpu
     rows, columns = objective_context(config).grid
     masked = config.ibot.mask_sample_probability * sum(config.ibot.mask_ratio_min_max) / 2 * 2 * batch * rows * columns
@@ -113,7 +113,7 @@ def _heads(config: Config, arch: SSLMetaArch, compute_bytes: int) -> dict[str, f
         widths = sum(layer.in_features + layer.out_features for layer in linears)
         kept += FLOAT_BYTES * prototypes * (student_rows + teacher_rows)
         kept += compute_bytes * widths * student_rows + (FLOAT_BYTES + compute_bytes) * prototypes * bottleneck
-        # Until the log-softmax is there: the logits as they come, in float32, and divided by the temperature.
+        # Before the log-softmax: raw logits, a float32 copy, and that copy divided by the temperature.
         passing = max(passing, (compute_bytes + 2 * FLOAT_BYTES) * prototypes * student_rows)
     return {"heads": kept, "logits": passing}
 
@@ -142,10 +142,10 @@ def plan(
     world_size: int = 1,
     nodes: int = 1,
 ) -> str:
-    """Text for a person: batch, learning rate, length, parameters, memory.
+    """Describes batch, learning rate, length, parameters and memory of a run, as text for the log or terminal.
 
     Args:
-        num_images: of the training data; None: unknown, no passes are named.
+        num_images: number of training images; None: unknown, so the number of passes is left out.
     """
     batch = global_batch_size(config, world_size)
     images = batch * config.optim.steps
@@ -170,5 +170,5 @@ def plan(
 
 
 def size_text(gib: float) -> str:
-    """Returns a size for people to read: "1.5 GiB" or "300 MiB"."""
+    """Formats a size in GiB as "1.5 GiB", or as "300 MiB" below 1 GiB."""
     return f"{gib:.1f} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"

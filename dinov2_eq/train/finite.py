@@ -1,4 +1,4 @@
-"""A run stops before a NaN or an infinity reaches its weights."""
+"""Stops a run before NaN or infinity reaches its weights."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,23 +10,23 @@ from dinov2_eq.fsdp import clip_grad_norm
 from dinov2_eq.types import StepOutput
 
 ADVICE = (
-    "the weights were not updated. Look at the images, lower optim.base_lr or lengthen optim.warmup_steps; the same "
-    "command goes on from the newest checkpoint"
+    "the weights were not updated. Check the images, lower optim.base_lr or lengthen optim.warmup_steps; rerun the "
+    "same command to resume from the newest checkpoint"
 )
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or a gradient is NaN or infinite."""
+    """Raised when a loss or a gradient is NaN or infinite."""
 
 
 def require_finite(outputs: Sequence[StepOutput], step: int) -> None:
-    """Checks the losses of all forwards of a step; waits for the device once.
+    """Checks that the losses of all forwards of a step are finite; synchronises with the device once.
 
     Args:
-        outputs: averaged over the processes, so that all of them stop when one of them meets a NaN.
+        outputs: averaged over the processes, so that a NaN in one process stops all of them.
 
     Raises:
-        NonFiniteError: with the names of the losses that are NaN or infinite.
+        NonFiniteError: a loss is NaN or infinite; the message names it.
     """
     values = torch.stack([torch.stack(list(output.losses.values())) for output in outputs])  # [forwards, terms]
     if values.isfinite().all():
@@ -42,10 +42,10 @@ def clip_gradients(modules: Mapping[str, nn.Module], clip_grad: float, per: str,
 
     Args:
         clip_grad: largest norm; 0: no clipping.
-        per: what is clipped together: "module" (DINOv2), or each "tensor" by itself (DINO, iBOT).
+        per: "module": clip the norm of each module (DINOv2); "tensor": that of each parameter (DINO, iBOT).
 
     Returns:
-        The norm of each module before clipping.
+        The gradient norm of each module before clipping, by name.
 
     Raises:
         NonFiniteError: a gradient is NaN or infinite.

@@ -1,4 +1,4 @@
-"""The numbers of a run that are logged."""
+"""Averages of the numbers that a run logs."""
 
 import time
 from collections import defaultdict
@@ -13,16 +13,16 @@ from dinov2_eq.types import StepOutput
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """exp(entropy) of the singular values of features [n, D]: how many directions they fill (RankMe, arXiv 2210.02885).
+    """Counts the directions that features [n, D] fill: exp(entropy) of singular values (RankMe, arXiv 2210.02885).
 
-    A collapse of the representation shows here first: the value falls towards 1.
+    The range is [1, min(n, D)]. A collapse of the representation shows here first: the value falls towards 1.
     """
     singular = torch.linalg.svdvals(features.float())
     return torch.special.entr(singular / singular.sum().clamp(min=1e-12)).sum().exp()
 
 
 def average_over_processes(output: StepOutput) -> StepOutput:
-    """The numbers of one forward, detached and in float32, as means over all processes; the features are this one's."""
+    """Averages losses and metrics of one forward over all processes, detached and in float32; `cls` stays local."""
     numbers = [output.total, *output.losses.values(), *output.metrics.values()]
     means = all_reduce_sum(torch.stack([number.detach().float() for number in numbers])) / get_world_size()
     total, *others = means.unbind()
@@ -32,7 +32,7 @@ def average_over_processes(output: StepOutput) -> StepOutput:
 
 
 class StepMeter:
-    """Averages over the steps since the last `reset`; tensors stay on the device until `summary`."""
+    """Averages losses and metrics since the last `reset`; tensors stay on the device until `summary`."""
 
     def __init__(self) -> None:
         self.reset()
@@ -45,20 +45,20 @@ class StepMeter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time spent inside as waiting for data."""
+        """Counts the time spent in the context as waiting for data."""
         asked = time.perf_counter()
         yield
         self._waited += time.perf_counter() - asked
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time spent inside out of the speed: evaluation, pictures, checkpoints."""
+        """Excludes the time spent in the context from the speed: evaluation, pictures, checkpoints."""
         began = time.perf_counter()
         yield
         self._started += time.perf_counter() - began
 
     def add(self, output: StepOutput, num_images: int) -> None:
-        """Notes one forward of `num_images` images; see `average_over_processes`."""
+        """Adds one forward of `num_images` images; `output` comes from `average_over_processes`."""
         self._sums["total_loss"] += output.total
         for name, loss in output.losses.items():
             self._sums[f"loss/{name}"] += loss
@@ -82,7 +82,7 @@ class StepMeter:
         return values
 
     def line(self, values: Mapping[str, float], done: int, steps: int) -> str:
-        """One line for a person."""
+        """Formats the log line after `done` of `steps` steps."""
         terms = "  ".join(f"{name[5:]} {value:.4f}" for name, value in values.items() if name.startswith("loss/"))
         seconds_per_step = (time.perf_counter() - self._started) / self._steps
         left = (steps - done) * seconds_per_step

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: log lines, metrics, pictures, online k-NN, teacher checkpoints."""
+"""Periodic output of a run: log lines, metrics, pictures, online k-NN, teacher checkpoints."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ Action = Callable[[int], Mapping[str, float] | None]
 
 
 class Observer:
-    """Looks at a run after each step and changes nothing in it."""
+    """Logs a run and calls its periodic actions after each step; never changes the training."""
 
     def __init__(
         self,
@@ -35,11 +35,11 @@ class Observer:
         """
         Args:
             steps: length of the run.
-            start: steps done before this start of the run.
+            start: steps already done, if the run was resumed.
             log_period: steps between two log lines.
             metrics: None on all but the main process.
-            actions: periods in steps, and what is called with the number of finished steps; each is called at the end
-                too, and what it returns is logged.
+            actions: pairs of a period in steps and an action. An action gets the number of finished steps and returns
+                values to log; it also runs at the end.
         """
         self.steps = steps
         self.log_period = log_period
@@ -48,7 +48,7 @@ class Observer:
         self.bar = progress_bar(total=steps, initial=start, unit="step")
 
     def after_step(self, done: int, meter: StepMeter, more: Mapping[str, float]) -> None:
-        """`done` counts the finished steps; `more` is logged beside what the meter knows."""
+        """Logs and calls actions when due; `done` counts finished steps, `more` is logged with the meter's values."""
         self.bar.update()
         if done % self.log_period == 0 or done == self.steps:
             values = {**meter.summary(), **more}
@@ -77,7 +77,7 @@ class Observer:
 def build_observer(
     config: Config, folder: Path, run: Run, dataset: ImageDataset, knn: OnlineKnn | None, start: int
 ) -> Observer:
-    """Builds what a run shows; `start` is the number of steps that an earlier start of the run has done."""
+    """Builds the observer of a run from its config; `start` is the number of steps done before the run was resumed."""
     evaluation, steps = config.evaluation, config.optim.steps
     actions: list[tuple[int, Action]] = []
     if knn:

@@ -1,4 +1,4 @@
-"""k-NN accuracy of the teacher while it trains."""
+"""k-NN accuracy of the teacher during training."""
 
 import logging
 from collections.abc import Iterable
@@ -22,19 +22,19 @@ logger = logging.getLogger(__name__)
 
 
 def build_online_knn(config: Config, half_precision: bool) -> "OnlineKnn | None":
-    """None where it is switched off; otherwise raises as `OnlineKnn` does."""
+    """Builds the online k-NN, or returns None if it is off; raises ValueError as `OnlineKnn` does."""
     if config.evaluation.knn_period_steps == 0:
         return None
     return OnlineKnn(config.evaluation, config.crops, config.train.num_workers, half_precision)
 
 
 class OnlineKnn:
-    """Class tokens of a labelled training subset vote on a validation subset; both are read again at each call."""
+    """k-NN on class tokens, from a labelled training subset to a validation subset; both are read anew in each call."""
 
     def __init__(
         self, evaluation: EvaluationConfig, crops: CropsConfig, num_workers: int, half_precision: bool
     ) -> None:
-        """Raises ValueError where the data have no labels that fit each other, or fewer images than k."""
+        """Raises ValueError if labels are missing or do not match, or if there are fewer training images than k."""
         self.k = evaluation.knn_k
         self.crops = crops
         self.num_workers = num_workers
@@ -53,13 +53,13 @@ class OnlineKnn:
             )
 
     def measure(self, backbone: nn.Module, device: torch.device) -> dict[str, float]:
-        """Top-1 in per cent, under the name it is logged with; all processes must call it.
+        """Returns {"eval/knn_top1": accuracy in per cent}; all processes must call it.
 
         Args:
             backbone: in eval mode.
 
         Raises:
-            ValueError: features that are NaN or infinite.
+            ValueError: a feature is NaN or infinite.
         """
         train, val = (self._features(backbone, device, images) for images in (self.train, self.val))
         accuracies = knn_accuracy(train, self.train.labels, val, self.val.labels, ks=[self.k])
@@ -67,7 +67,7 @@ class OnlineKnn:
         return {KNN_TOP1: accuracies[self.k]["top1"]}
 
     def _features(self, backbone: nn.Module, device: torch.device, images: LabelledImages) -> Tensor:
-        """Features [n, D] of all images, computed by all processes together."""
+        """Computes features [n, D] of all images; the processes share the work."""
         encode = partial(
             pooled_features, backbone, mean=self.crops.mean, std=self.crops.std, half_precision=self.half_precision
         )

@@ -1,4 +1,4 @@
-"""Optimizer groups: layer-wise learning-rate decay and who is spared weight decay (DINOv2's rules)."""
+"""Optimizer groups by DINOv2's rules: layer-wise learning-rate decay; no weight decay of biases, norms, LayerScale."""
 
 from collections import defaultdict
 from collections.abc import Mapping

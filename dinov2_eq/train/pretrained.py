@@ -1,4 +1,4 @@
-"""What training starts from in place of random weights: `student.pretrained_weights`."""
+"""Loads `student.pretrained_weights`, which replace random initial weights."""
 
 import logging
 from collections.abc import Mapping
@@ -26,10 +26,12 @@ LIBRARIES = ("timm", "hf")
 
 
 def find_pretrained(source: str) -> str | Path:
-    """The training checkpoint that a run folder means, else `source` itself, "" for none; all processes must call it.
+    """Resolves a run folder to its newest complete checkpoint; returns any other `source`, such as "", unchanged.
+
+    All processes must call it.
 
     Raises:
-        ValueError: a folder without a whole training checkpoint, or a damaged one.
+        ValueError: the folder has no complete training checkpoint, or the checkpoint is damaged.
     """
     path = Path(source)
     if not source or not path.is_dir():
@@ -39,7 +41,7 @@ def find_pretrained(source: str) -> str | Path:
             damage = checkpointer.damage(path.name)
         if damage:
             raise ValueError(
-                f"student.pretrained_weights={source} is damaged ({damage}); give another step, or the run"
+                f"student.pretrained_weights={source} is damaged ({damage}); give another step, or the run folder"
             )
         return source
     with closing(Checkpointer(path / CHECKPOINTS, keep=1)) as checkpointer:
@@ -53,17 +55,17 @@ def find_pretrained(source: str) -> str | Path:
 
 
 def read_pretrained(source: str | Path) -> Parts:
-    """The weights that `source` holds, on the CPU, the backbone's under DINOv2's names; for one process by itself.
+    """Reads weights to the CPU, by module, the backbone's under DINOv2's names; needs no other process.
 
     Args:
-        source: a folder `checkpoints/<step>` of a run (the student's side of everything); a teacher checkpoint; a file
+        source: a folder `checkpoints/<step>` of a run (all but its teacher); a teacher checkpoint; a file
             of backbone weights in the naming of DINOv2, DINO, iBOT, timm or Hugging Face; `timm:NAME`; or `hf:NAME`,
             where NAME may be a folder.
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: it holds no backbone in a known naming, is damaged, or the library it needs is not installed or
-            cannot give the whole model.
+        ValueError: the source holds no backbone in a known naming or is damaged, or its library is not installed or
+            cannot provide the whole model.
     """
     kind, _, name = str(source).partition(":")
     if kind in LIBRARIES and name:
@@ -75,12 +77,12 @@ def read_pretrained(source: str | Path) -> Parts:
     weights, config, _ = read_checkpoint(path)
     teacher = weights.get("teacher", weights)
     if config is not None and any(name.startswith("backbone.") for name in teacher):
-        return _split(teacher)  # ours: a teacher checkpoint, with heads and projection, or a release, with projection
+        return _split(teacher)  # ours: a teacher checkpoint (projection and heads), or a release (projection)
     return {"backbone": to_dinov2(weights)}
 
 
 def load_optimizer(source: str | Path, arch: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Takes over the moments of a training checkpoint, where it has them for every parameter."""
+    """Loads the moments of the training checkpoint `source`, if it is one and has them for every parameter."""
     if not Path(source).is_dir():
         return
     state = get_optimizer_state_dict(arch, optimizer)
@@ -88,17 +90,17 @@ def load_optimizer(source: str | Path, arch: nn.Module, optimizer: torch.optim.O
         dcp.load({"optimizer": {"state": state["state"]}}, checkpoint_id=source, no_dist=not is_distributed())
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
-        logger.info("the optimizer starts afresh: %s has not the same parameters (%s)", source, reason)
+        logger.info("the optimizer starts from scratch: %s does not have the same parameters (%s)", source, reason)
         return
     set_optimizer_state_dict(arch, optimizer, state)
-    logger.info("the optimizer goes on with the moments of %s", source)
+    logger.info("the optimizer continues with the moments of %s", source)
 
 
 def start_state(name: str, module: nn.Module, found: Parts) -> dict[str, Tensor]:
-    """State dict for a freshly initialised module: the weights found for it, or its own where there are none.
+    """Returns the state dict that a freshly initialised module starts with: the weights in `found`, else its own.
 
     Raises:
-        ValueError: the backbone's do not fit; the message counts tensors and names some.
+        ValueError: the weights do not fit the backbone; the message counts tensors and names some.
     """
     own, given = module.state_dict(), found.get(name)
     if not own:
@@ -108,23 +110,23 @@ def start_state(name: str, module: nn.Module, found: Parts) -> dict[str, Tensor]
             fitted, notes = module.start_from(found["backbone"])
         except ValueError as error:
             raise ValueError(
-                f"student.pretrained_weights do not fit: {error}. Set student.arch, depth, layerscale, ... as they are "
-                "there"
+                f"student.pretrained_weights do not fit: {error}. Set student.arch, depth, layerscale, ... to "
+                "match them"
             ) from None
         logger.info(
             "backbone: loaded %d of %d tensors%s", len(fitted), len(own), "".join(f"; {note}" for note in notes)
         )
         return {key: tensor.to(own[key].dtype) for key, tensor in fitted.items()}  # releases are in float16
-    misfit = describe_misfit(own, given) if given else "there is none in student.pretrained_weights"
+    misfit = describe_misfit(own, given) if given else "not in student.pretrained_weights"
     if misfit:
-        logger.info("%s starts afresh: %s", name, misfit)
+        logger.info("%s starts from scratch: %s", name, misfit)
         return own
     logger.info("%s: loaded %d of %d tensors", name, len(given), len(own))
     return {key: tensor.to(own[key].dtype) for key, tensor in given.items()}
 
 
 def _split(weights: Mapping[str, Tensor], without: tuple[str, ...] = ()) -> Parts:
-    """ "backbone.norm.weight" -> parts["backbone"]["norm.weight"]; an objective's own are "objectives.<name>"."""
+    """Groups weights by module, "backbone" or "objectives.<name>"; raises ValueError if there is no backbone."""
     parts: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in weights.items():
         first, _, rest = full_name.partition(".")
@@ -140,12 +142,12 @@ def _split(weights: Mapping[str, Tensor], without: tuple[str, ...] = ()) -> Part
 
 def _from_library(kind: str, name: str) -> dict[str, Tensor]:
     foreign = LOADERS[kind](name, True).backbone
-    own = HEADS.get(foreign.embed_dim)  # None: of no width that could be loaded here
+    own = HEADS.get(foreign.embed_dim)  # None: no backbone of this project has this width
     for module in foreign.modules():  # timm; transformers
         heads = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None)
         if own and heads not in (None, own):
             raise ValueError(
                 f"student.pretrained_weights={kind}:{name} has {heads} attention heads for {foreign.embed_dim} "
-                f"channels; backbones of this project have {own} and would compute something else"
+                f"channels; backbones of this project have {own}, so their outputs would differ"
             )
     return foreign.model.state_dict()

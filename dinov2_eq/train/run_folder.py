@@ -1,4 +1,4 @@
-"""Files of a run's output folder that are neither checkpoints nor metrics."""
+"""Files in a run's output folder other than checkpoints and metrics."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ PRODUCTS = (
     "results_eval_*.json",
     "*checkpoint_linear_eval*.pth",
 )
-# What a checkpoint holds or implies: where the weights came from, the optimizer's groups, and the stream of samples.
+# Settings that a resumed run must keep: they decide the initial weights, the optimizer's groups and the samples.
 FIXED = (
     "student.pretrained_weights",
     "train.seed",
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def set_aside(folder: Path) -> None:
-    """Moves whatever an earlier run left in the folder to `previous-<n>/` in it."""
+    """Moves the files of an earlier run in the folder to a subfolder `previous-<n>/`."""
     found = [path for pattern in PRODUCTS for path in folder.glob(pattern)]
     if not found:
         return
@@ -54,10 +54,10 @@ def set_aside(folder: Path) -> None:
 
 
 def require_same_run(folder: Path, config: Config) -> None:
-    """Compares with the config of the run that is resumed, and logs what changed.
+    """Compares the config with that of the run to resume, and logs what changed.
 
     Raises:
-        ValueError: a setting changed that a checkpoint fixes, or the run's config is damaged.
+        ValueError: a setting in `FIXED` changed, or the run's config.yaml is damaged.
     """
     if not (folder / CONFIG).is_file():
         return
@@ -65,7 +65,7 @@ def require_same_run(folder: Path, config: Config) -> None:
         before, now = to_dict(load_config(str(folder / CONFIG))), to_dict(config)
     except ValueError as error:
         raise ValueError(
-            f"{error}\nA run that goes on is compared with this file: restore it, or remove it to do without"
+            f"{error}\nA resumed run is compared with this file: restore it, or delete it to skip the comparison"
         ) from None
     changes = {
         f"{section}.{key}": f"{section}.{key} was {before[section][key]!r}, now {value!r}"
@@ -75,7 +75,7 @@ def require_same_run(folder: Path, config: Config) -> None:
     }
     if refused := [text for key, text in changes.items() if key in FIXED]:
         raise ValueError(
-            f"The run in {folder} cannot go on with other settings than it began with: {'; '.join(refused)}. "
+            f"The run in {folder} cannot resume with changed settings: {'; '.join(refused)}. "
             "Give the old values, another --output-dir, or --no-resume"
         )
     for text in changes.values():
@@ -83,7 +83,7 @@ def require_same_run(folder: Path, config: Config) -> None:
 
 
 def describe(folder: Path, config: Config, device: torch.device) -> None:
-    """Writes the resolved config, and code and machine of this start of the run."""
+    """Writes the resolved config to config.yaml, and code and machine to environment.json."""
     if is_main_process():
         replace_text(folder / CONFIG, to_yaml(config))
         replace_text(folder / "environment.json", json.dumps(describe_run(device), indent=2) + "\n")
@@ -96,7 +96,7 @@ def write_teacher(folder: Path, teacher: nn.Module, config: Config, step: int) -
         return
     path = folder / "eval" / f"training_{step}" / "teacher_checkpoint.pth"
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not to a name: torch would not tell why it cannot write.
+    # An open file, not a path: given a path, torch does not say why it cannot write.
     with whole_file(path) as temporary, temporary.open("wb") as file:
         torch.save({"teacher": weights, "config": to_dict(config), "step": step}, file)
     logger.info("wrote %s", path)

@@ -1,4 +1,4 @@
-"""Pictures of the task while it trains: the same few images each time, with what the objectives make of them."""
+"""Pictures of the task during training: the same few images each time, with the outputs of the objectives."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -23,8 +23,8 @@ class SampleWriter:
     """Writes `samples/step_<step>.npz`: views, targets and reconstructions of one fixed batch, in uint8.
 
     Args:
-        fractions: fractions of theta to show, also for the control, which does not rebuild them.
-        path: views that the student encodes for one objective alone; the last one is shown as the transformed view.
+        fractions: fractions of theta to show, also in a control run without reconstruction.
+        path: extra views that the student encodes for one objective; the last is shown as the transformed view.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class SampleWriter:
 
     @torch.no_grad()
     def write(self, step: int) -> None:
-        """Writes the pictures of this step; all processes take part, as each may hold a part of the networks."""
+        """Writes the pictures of this step; all processes must call it, since the networks may be sharded."""
         arch, device, arrays = self.run.arch, self.run.device, dict(self.arrays)
         arch.eval()
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.run.half_precision):

@@ -1,4 +1,4 @@
-"""Everything that changes with the step, as fvcore schedulers on where = step / steps."""
+"""Schedules of learning rate, weight decay and teacher, as fvcore schedulers on where = step / steps."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ class ScheduledValues(NamedTuple):
 
 
 def warmup_then(start: float, warmup_steps: int, steps: int, after: ParamScheduler, reached: float) -> ParamScheduler:
-    """Linear from `start` to `reached` in `warmup_steps`, then `after` over the remaining steps."""
+    """Builds a linear ramp from `start` to `reached` over `warmup_steps`, then `after` over the remaining steps."""
     if warmup_steps == 0:
         return after
     warmup = LinearParamScheduler(start, reached)
@@ -36,7 +36,7 @@ def warmup_then(start: float, warmup_steps: int, steps: int, after: ParamSchedul
 
 
 def scaled_lr(base_lr: float, scaling_rule: str, global_batch_size: int) -> float:
-    """The peak learning rate for this many images in one optimizer step."""
+    """Scales `base_lr` to the peak learning rate for this many images in one optimizer step."""
     rules = {
         "sqrt_wrt_1024": (global_batch_size / 1024) ** 0.5,
         "linear_wrt_256": global_batch_size / 256,
@@ -46,7 +46,7 @@ def scaled_lr(base_lr: float, scaling_rule: str, global_batch_size: int) -> floa
 
 
 class Schedules:
-    """`at(step)` gives the values for the update number `step`, 0 <= step < steps.
+    """All scheduled values: `at(step)` gives those of a step, 0 <= step < optim.steps.
 
     Args:
         lr: peak learning rate, see `scaled_lr`.

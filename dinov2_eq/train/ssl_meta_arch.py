@@ -1,4 +1,4 @@
-"""Student, teacher and the objectives between them."""
+"""Student, teacher and their objectives."""
 
 from collections.abc import Mapping
 
@@ -12,10 +12,10 @@ from dinov2_eq.types import GLOBAL, CropTokens, Group, NetworkOutput, Scene, Ste
 
 
 class Network(nn.ModuleDict):
-    """One side: "backbone", "projection" and the heads, so that parameters are named as in DINOv2's teacher files."""
+    """Student or teacher: "backbone", "projection" and heads, with parameter names as in DINOv2's teacher files."""
 
     def forward(self, groups: Mapping[str, Group]) -> NetworkOutput:
-        """Encodes all groups of views in one pass; the tokens come by group."""
+        """Encodes all groups of views in one pass; returns tokens by group."""
         features = self["backbone"](
             [group.images.flatten(0, 1) for group in groups.values()],
             [None if group.masks is None else group.masks.flatten(0, 1) for group in groups.values()],
@@ -32,11 +32,11 @@ class Network(nn.ModuleDict):
 
 
 class SSLMetaArch(nn.Module):
-    """The whole method: `forward` gives the losses of a batch; every term is an objective with a weight.
+    """Student, teacher and objectives; `forward` returns the losses of a batch and their weighted sum.
 
     Args:
-        teacher: has the modules of `student`, and should start with its weights; None where no objective needs one.
-        loss_weights: by the name of the objective.
+        teacher: has the modules and initial weights of `student`; None if no objective needs one.
+        loss_weights: by name of the objective.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class SSLMetaArch(nn.Module):
 
     @property
     def evaluated(self) -> Network:
-        """The network that evaluations and users get: the teacher, or the student of a method without one."""
+        """The network to evaluate and release: the teacher, or the student if there is no teacher."""
         return self.student if self.teacher is None else self.teacher
 
     @torch.no_grad()
     def end_step(self, teacher_momentum: float) -> None:
-        """Moves the teacher, teacher <- m * teacher + (1 - m) * student, and the centres; once after every update."""
+        """Updates the teacher to m * teacher + (1 - m) * student, and the centres; call it once after each update."""
         if self.teacher is not None:
             move_towards = get_ema_multi_avg_fn(teacher_momentum)
             move_towards(list(self.teacher.parameters()), list(self.student.parameters()), None)
@@ -90,7 +90,7 @@ class SSLMetaArch(nn.Module):
             objective.end_step()
 
     def trainable_modules(self) -> dict[str, nn.Module]:
-        """What the optimizer moves: the student's modules, and those that an objective owns (decoders)."""
+        """Returns the modules that the optimizer updates: the student's, and those of objectives (decoders)."""
         modules = {**self.student, **self.objectives}
         return {name: module for name, module in modules.items() if any(True for _ in module.parameters())}
 

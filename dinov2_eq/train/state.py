@@ -1,4 +1,4 @@
-"""What a training checkpoint holds, so that a resumed run equals one that never stopped."""
+"""Content of a training checkpoint, from which a run resumes exactly."""
 
 import logging
 from typing import Any
@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 class TrainingState:
     """Networks, centres, optimizer and counters, in the same form for any number of processes.
 
-    The place in the data, the schedules and all random numbers need no state: they follow from the step.
+    The position in the data, the schedules and all random numbers need no state: they follow from the step.
     """
 
     def __init__(
         self, arch: SSLMetaArch, optimizer: torch.optim.Optimizer, corrupt: CorruptCounter, global_batch_size: int
     ) -> None:
-        """`global_batch_size` images in each step: with the step it gives the place in the data."""
+        """`global_batch_size`: images per step, which must not change, as it decides the position in the data."""
         self.arch = arch
         self.optimizer = optimizer
         self.corrupt = corrupt
@@ -38,23 +38,23 @@ class TrainingState:
         }
 
     def load(self, checkpointer: Checkpointer, step: int) -> int:
-        """Fills everything from the checkpoint of `step`; returns the number of finished updates.
+        """Loads the checkpoint of `step`; returns the number of finished updates.
 
         Raises:
-            ValueError: a checkpoint of another architecture, or of another global batch size.
+            ValueError: the checkpoint has another architecture or global batch size.
         """
         state = self.state_dict()
         checkpointer.load(step, state)
         before, now = state["global_batch_size"], self.global_batch_size
         if before != now:
             raise ValueError(
-                f"The run began with {before} images in each step, and this start has {now}: its place in the data "
+                f"The run began with {before} images per step and now has {now}: its position in the data "
                 "would be lost. Choose train.batch_size_per_gpu x train.accumulation_steps x processes = "
                 f"{before}, another --output-dir, or --no-resume"
             )
         self.arch.load_state_dict(state["model"])
         set_optimizer_state_dict(self.arch, self.optimizer, state["optimizer"])
-        for group in self.optimizer.param_groups:  # the checkpoint has brought along how its own start computed updates
+        for group in self.optimizer.param_groups:  # loading restored the value of the run that saved it
             group["fused"] = self.optimizer.defaults["fused"]
         self.corrupt.load_state_dict(state["corrupt"])
         logger.info("resumed from %s", checkpointer.folder / str(step))
@@ -62,9 +62,9 @@ class TrainingState:
 
 
 def _complete(optimizer: torch.optim.Optimizer) -> None:
-    """Gives moments to parameters that never had a gradient, such as the mask token of a method without masks.
+    """Adds zero moments for parameters that never had a gradient, such as the mask token of a method without masks.
 
-    They are those of a parameter before its first update. A checkpoint would lack them otherwise, and not be loaded.
+    Without them the checkpoint could not be loaded.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -1,4 +1,4 @@
-"""One optimizer step: what training, profiling and tests all call."""
+"""One optimizer step, shared by training, profiling and tests."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from dinov2_eq.types import CollatedBatch, StepOutput, ViewBatch
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a step needs; `train.build.make_run` makes it from a config."""
+    """Everything that a step needs; `train.build.make_run` builds it from a config."""
 
     arch: SSLMetaArch
     optimizer: torch.optim.Optimizer
@@ -39,17 +39,17 @@ class Run:
 
 
 def train_step(run: Run, step: int, batches: Iterator[CollatedBatch], meter: StepMeter) -> ScheduledValues:
-    """Updates the weights once, from as many batches as `run.accumulation_steps`.
+    """Updates the weights once, from `run.accumulation_steps` batches.
 
     Args:
-        step: number of updates before this one; it decides schedules and random numbers.
-        meter: notes losses, gradient norms and waiting times.
+        step: number of updates before this one; it determines schedules and random numbers.
+        meter: collects losses, gradient norms and waiting times.
 
     Returns:
         The values of this step's schedules.
 
     Raises:
-        NonFiniteError: a loss or gradient is NaN or infinite; the weights are those before this step.
+        NonFiniteError: a loss or gradient is NaN or infinite; the weights are unchanged.
     """
     torch.manual_seed(seed_for(Stream.DROP_PATH, run.seed, step, get_rank()))
     scheduled = run.schedules.at(step)

@@ -53,8 +53,8 @@ logger = logging.getLogger(__name__)
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dinov2-eq train", description="Pretrain a backbone.")
     parser.add_argument("--config-file", help="YAML file, or the name of a packaged recipe such as debug")
-    parser.add_argument("--output-dir", "--output_dir", type=Path, help="run folder; an interrupted run there goes on")
-    parser.add_argument("--no-resume", action="store_true", help="start again; checkpoints of the folder are set aside")
+    parser.add_argument("--output-dir", "--output_dir", type=Path, help="run folder; an interrupted run in it resumes")
+    parser.add_argument("--no-resume", action="store_true", help="start over; an earlier run moves to previous-<n>/")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument("--dry-run", action="store_true", help="print batch, steps, parameters and memory, and exit")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config overrides, anywhere on the line")
@@ -80,16 +80,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def do_train(config: Config, output_dir: Path, *, resume: bool = True, remarks: Sequence[str] = ()) -> None:
-    """Trains to `optim.steps`, from the newest checkpoint of `output_dir` where there is one.
+    """Trains to `optim.steps`, resuming from the newest checkpoint in `output_dir` if there is one.
 
-    Every process that a launcher started calls it; see `distributed.launch`. When another process is lost, this one
-    ends with code 5; see `distributed.heartbeat`.
+    All processes of a launcher must call it; see `distributed.launch`. If another process is lost, this one exits with
+    code 5; see `distributed.heartbeat`.
 
     Args:
         remarks: sentences for the log, such as those about the config.
 
     Raises:
-        ValueError: config, data or checkpoint that cannot be used, or another run is in the folder.
+        ValueError: config, data or checkpoint cannot be used, or another run is using the folder.
         OSError: `output_dir` cannot be written.
         NonFiniteError: a loss or gradient is NaN or infinite; the weights are those before that step.
         StoppedBySignal: SIGTERM, SIGUSR2 or SIGHUP reached a process; the state is saved.
@@ -97,7 +97,7 @@ def do_train(config: Config, output_dir: Path, *, resume: bool = True, remarks: 
     launch = find_launch()
     device = pick_device(config.train.device, launch.local_rank)
     with (
-        SignalWatch("the same command goes on from the newest checkpoint, if there is one"),
+        SignalWatch("rerun the same command to resume from the newest checkpoint, if there is one"),
         StopRequest() as stop,
         process_group(launch, device, config.train.lost_rank_timeout_s),
     ):

@@ -175,7 +175,7 @@ def test_resume_of_two_processes_is_exact(tmp_path):
 
 def test_another_global_batch_is_refused(saved_by_two, tmp_path):
     shutil.copytree(saved_by_two, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"began with 6 images in each step, and this start has 3: .* processes = 6"):
+    with pytest.raises(ValueError, match=r"began with 6 images per step and now has 3: .* processes = 6"):
         train("debug", tmp_path / "run", 3, *RESUMABLE[:2])
 
 

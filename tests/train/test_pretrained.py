@@ -1,4 +1,4 @@
-"""Starting from weights: whose, how many of them, and what starts afresh."""
+"""Starting from weights: whose, how many of them, and what starts from scratch."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def test_our_teacher_checkpoint_with_heads_and_projection(run, trained, tmp_path
     require_close(teacher, trained)
     assert "backbone: loaded 21 of 21 tensors" in log(tmp_path)
     assert "dino_head: loaded 8 of 8 tensors" in log(tmp_path) and "projection: loaded 4 of 4" in log(tmp_path)
-    assert "objectives.reconstruction starts afresh: there is none" in log(tmp_path)
+    assert "objectives.reconstruction starts from scratch: not in" in log(tmp_path)
 
 
 def test_other_heads_start_afresh(run, trained, tmp_path):
@@ -71,19 +71,19 @@ def test_other_heads_start_afresh(run, trained, tmp_path):
     ]
     teacher = train(tmp_path, *overrides)
     require_close(backbone(teacher), backbone(trained))
-    assert "dino_head starts afresh: loaded 6 of 8 tensors" in log(tmp_path)
+    assert "dino_head starts from scratch: loaded 6 of 8 tensors" in log(tmp_path)
 
 
 def test_our_training_checkpoint_with_optimizer_and_decoders(run, tmp_path):
     train(tmp_path, f"student.pretrained_weights={run}")
     text = log(tmp_path)
     assert "objectives.reconstruction: loaded" in text
-    assert f"the optimizer goes on with the moments of {run}/checkpoints/3" in text
+    assert f"the optimizer continues with the moments of {run}/checkpoints/3" in text
 
 
 def test_a_changed_method_takes_what_it_can_of_a_training_checkpoint(run, tmp_path):
     train(tmp_path, f"student.pretrained_weights={run}/checkpoints/3", "equivariance.enabled=false")
-    assert "the optimizer starts afresh" in log(tmp_path) and "backbone: loaded 21 of 21" in log(tmp_path)
+    assert "the optimizer starts from scratch" in log(tmp_path) and "backbone: loaded 21 of 21" in log(tmp_path)
 
 
 def test_two_processes_start_from_the_same_weights(run, trained, tmp_path):
@@ -92,7 +92,7 @@ def test_two_processes_start_from_the_same_weights(run, trained, tmp_path):
     teacher = torch.load(tmp_path / "eval/training_2/teacher_checkpoint.pth", weights_only=True)["teacher"]
     require_close(teacher, trained)
     run_ranks(train_only, 2, tmp_path / "dcp", f"student.pretrained_weights={run}", "train.batch_size_per_gpu=2")
-    assert "the optimizer goes on with the moments" in log(tmp_path / "dcp")
+    assert "the optimizer continues with the moments" in log(tmp_path / "dcp")
 
 
 def test_a_timm_file_with_other_patches_and_positions(tmp_path):

@@ -229,7 +229,7 @@ def test_resume_with_a_changed_setting(finished, tmp_path):
 def test_resume_with_a_damaged_config(finished, tmp_path, content):
     shutil.copytree(finished(SHORT), tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.yaml").write_bytes(content)
-    with pytest.raises(ValueError, match=r"(?s)config.yaml.*restore it, or remove it to do without"):
+    with pytest.raises(ValueError, match=r"(?s)config.yaml.*restore it, or delete it to skip the comparison"):
         do_train(tiny_config(SHORT), tmp_path)
 
 
