@@ -165,7 +165,7 @@ class Linear(Evaluation):
         notices = [*divergence(grid), *unfinished(self.training)]
         for notice in notices:
             logger.warning(notice)
-        selection_hits = count_hits(grid, selection, selection_features)
+        selection_hits = hits_of_all(grid, selection, selection_features)
         best = int(selection_hits.top1_percent(args.val_metric_type).argmax())
         hits: dict[str, ClassHits] = {}
         for data in dict.fromkeys(reported.data for reported in self.sets.values()):  # read once, counted many times
@@ -173,7 +173,7 @@ class Linear(Evaluation):
             first = next(iter(same.values()))
             features = selection_features if first is selection else extractor.own_blocks(first, self.max_blocks)
             for name, images in same.items():
-                hits[name] = selection_hits if images is selection else count_hits(grid, images, features)
+                hits[name] = selection_hits if images is selection else hits_of_all(grid, images, features)
         accuracies = {name: hits[name].summary(best, metric) for name, metric in self.metrics.items()}
         heads = describe_heads(
             grid, {"selection": selection_hits, **hits}, {"selection": args.val_metric_type, **self.metrics}
@@ -192,7 +192,7 @@ class Linear(Evaluation):
         args, grid, training = self.args, self.grid, self.training
 
         def best_so_far() -> dict[str, Any]:
-            top1 = count_hits(grid, self.selection, selection_features).top1_percent(args.val_metric_type)
+            top1 = hits_of_all(grid, self.selection, selection_features).top1_percent(args.val_metric_type)
             best = int(top1.argmax())  # the first, where several are
             name = grid.specs[best].name
             logger.info("step %d of %d: %.2f %% by %s", training.step, training.num_steps, top1[best], name)
@@ -249,7 +249,7 @@ def read_images(
     return train, selection, dict(zip(sets, reported, strict=True))
 
 
-def count_hits(grid: HeadGrid, images: LabelledImages, features: Tensor) -> ClassHits:
+def hits_of_all(grid: HeadGrid, images: LabelledImages, features: Tensor) -> ClassHits:
     """Counts hits over all processes; `features` are those of this one's share of the images."""
     return grid.score(features, images.labels[own_share(len(images.labels))], images.classes).summed()
 

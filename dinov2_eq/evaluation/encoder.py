@@ -247,16 +247,16 @@ def _choose_config(path: Path, own: dict[str, Any] | None, config_file: str | No
     given = to_dict(load_config(config_file)) if config_file else None
     if own is None or given is None:
         return given or own
-    if differences := list(_differences(_encoder_settings(own), _encoder_settings(given))):
+    if contradictions := list(_contradictions(_encoder_settings(own), _encoder_settings(given))):
         raise ValueError(
-            f"--config-file {config_file} contradicts the config that {path} carries: {'; '.join(differences)} "
+            f"--config-file {config_file} contradicts the config that {path} carries: {'; '.join(contradictions)} "
             "(checkpoint first). Leave --config-file out: the checkpoint's own is used."
         )
     return own
 
 
 def _encoder_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a training config makes the encoder."""
+    """Returns the settings of a training config that define the encoder."""
     try:
         if unknown := config["student"].keys() - StudentConfig.__dataclass_fields__.keys():
             raise ValueError(
@@ -272,9 +272,9 @@ def _encoder_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         ) from None
 
 
-def _differences(own: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+def _contradictions(own: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
     for key, value in own.items():
         if isinstance(value, Mapping):
-            yield from _differences(value, given[key])
+            yield from _contradictions(value, given[key])
         elif value != given.get(key):
             yield f"{key} {value!r} and {given.get(key)!r}"

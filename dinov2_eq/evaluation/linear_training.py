@@ -65,7 +65,7 @@ class GridCheckpoints:
             found = _read_saved(path)
         except ValueError as error:
             raise ValueError(f"{error}, or --no-resume to start again") from None
-        changes = _differences(found["settings"] | found["schedule"], self.settings | self.schedule)
+        changes = _changes(found["settings"] | found["schedule"], self.settings | self.schedule)
         if changes and found["training"]["step"] == found["training"]["num_steps"]:
             logger.info("%s is of a finished evaluation with other settings and will be replaced: %s", path, changes[0])
             return
@@ -86,7 +86,7 @@ class GridCheckpoints:
             ValueError: no checkpoint of this program, a damaged one, or one with other settings.
         """
         found = _read_saved(path)
-        if changes := _differences(found["settings"], self.settings):
+        if changes := _changes(found["settings"], self.settings):
             raise ValueError(
                 f"The heads of {path} are of another evaluation: {changes[0]}. Give what it was, or other heads"
             )
@@ -115,8 +115,8 @@ def _read_saved(path: Path) -> dict[str, Any]:
     return from_main_process(read)
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In words, for each setting that changed."""
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence for each setting that changed."""
     return [
         f"{name} was {before.get(name)!r} and is now {value!r}"
         for name, value in now.items()

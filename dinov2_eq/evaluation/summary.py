@@ -14,7 +14,7 @@ class Entry(NamedTuple):
 
     encoder: str
     evaluation: str
-    state: str  # done, failed, submitted or missing
+    state: str  # done, failed or submitted
     numbers: dict[str, float]
     note: str = ""  # why it failed
 
