@@ -32,6 +32,7 @@ METHODS = {
     ("dino", "centering", "transformer", "nothing"): "dino_vits16",
     ("simclr", "centering", "transformer", "nothing"): "simclr_vits16",
     ("simclr", "centering", "transformer", "conv"): "simclr_vits16_eq",
+    ("simclr", "centering", "transformer", "cross_attention"): "cifar10/simclr_eq",
     ("simclr", "centering", "resnet", "nothing"): "cifar10/simclr_resnet18",
     ("vicreg", "centering", "transformer", "nothing"): "vicreg_vits16",
     ("vicreg", "centering", "transformer", "conv"): "cifar10/vicreg_eq",
