@@ -1,4 +1,4 @@
-"""Rules of the config that a type cannot say; every broken one is reported, each with key, value and fix."""
+"""Checks beyond types. All problems of a config are reported together, each with key, value and remedy."""
 
 import math
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def check(config: Config) -> None:
 
 
 def objective_context(config: Config) -> Context:
-    """Returns what objectives may depend on beside their own settings."""
+    """Returns the values of other sections that objectives may depend on."""
     crops, patch_size = config.crops, max(BACKBONES[config.student.arch].patch_size(config.student), 1)
     side = math.ceil(crops.global_crops_size / patch_size)
     batch = config.train.batch_size_per_gpu

@@ -1,4 +1,4 @@
-"""DINOv2's training configs as they are: what the keys that only DINOv2 has mean here.
+"""Accepts DINOv2's training configs unchanged, by translating the keys that only DINOv2 has.
 
 A source of settings is a name and its keys with their values, {"optim.epochs": 100, ...}; later sources win.
 """
@@ -55,7 +55,7 @@ Source = tuple[str, dict[str, Any]]
 
 
 class Reading(NamedTuple):
-    """What settings of DINOv2 mean here."""
+    """The settings of this project that DINOv2's keys stand for."""
 
     place: int  # the source that they take effect in
     words: str  # what was given
@@ -70,7 +70,7 @@ class Translation(NamedTuple):
 
 
 def translate(sources: Sequence[Source]) -> Translation:
-    """Replaces the keys that only DINOv2 has by what they mean here.
+    """Translates the keys that only DINOv2 has.
 
     A file that has such a key is DINOv2's: where no source says otherwise, DINOv2's defaults hold, and its plain method
     is meant unless some source has a key of "equivariance".
@@ -96,7 +96,7 @@ def translate(sources: Sequence[Source]) -> Translation:
 def _meanings(
     sources: Sequence[Source], last: Mapping[str, int], epoch_length: float
 ) -> tuple[list[Reading], dict[str, str]]:
-    """What keys mean here, and, of those whose value has no translation, the reason.
+    """Translates keys; for a value that has no translation it also returns the reason.
 
     Args:
         last: the place of the last source that has a key.
@@ -111,7 +111,7 @@ def _meanings(
 
 
 def _replace_keys(sources: Sequence[Source], readings: Sequence[Reading]) -> list[Source]:
-    """The sources with what DINOv2's keys mean instead of them; raises ValueError where one has both."""
+    """Returns the sources with DINOv2's keys replaced by ours; raises ValueError if a source has both."""
     translated = [(source, {key: values[key] for key in values if key not in KEYS}) for source, values in sources]
     for _, values in translated:
         if _is_memory_efficient(values):
@@ -125,7 +125,7 @@ def _replace_keys(sources: Sequence[Source], readings: Sequence[Reading]) -> lis
 
 
 def _in_words(in_effect: Sequence[Reading], epoch_length: float) -> list[str]:
-    """A sentence about what keys mean, where there are any."""
+    """Describes the translated keys; returns nothing if there are none."""
     words = [f"{each.words} is {each.key}={each.value}" for each in in_effect]
     if _has_lengths(in_effect):
         words.insert(0, f"an epoch is {epoch_length} steps")
@@ -137,7 +137,7 @@ def _has_lengths(in_effect: Sequence[Reading]) -> bool:
 
 
 def _without_effect(sources: Sequence[Source], last: Mapping[str, int], in_effect: Sequence[Reading]) -> dict[str, str]:
-    """What is left out whatever its value, and the reason."""
+    """Returns the keys that are ignored whatever their value, with the reason."""
     left_out = {_short(key): reason for key, reason in NO_MEANING.items() if key in last}
     for _, values in sources:
         if _is_memory_efficient(values):
@@ -148,7 +148,7 @@ def _without_effect(sources: Sequence[Source], last: Mapping[str, int], in_effec
 
 
 def _defaults_of_files(sources: Sequence[Source], last: Mapping[str, int]) -> tuple[dict[str, Any], list[str]]:
-    """What holds by default if a file is DINOv2's, and a sentence where its plain method does."""
+    """Returns the defaults for a file in DINOv2's format, and a notice if they switch the task off."""
     files = [source for source, values in sources[:-1] if values.keys() & KEYS]
     if not files:
         return {}, []
@@ -183,7 +183,7 @@ def _weights(sources: Sequence[Source], last: Mapping[str, int]) -> Iterator[Rea
 
 
 def _of_parts(sources: Sequence[Source], last: Mapping[str, int]) -> tuple[list[Reading], dict[str, str]]:
-    """Translates the settings that DINOv2 has for each part; returns what `_meanings` does."""
+    """Translates the settings that DINOv2 repeats for each module; returns the same as `_meanings`."""
     readings, untranslated = [], {}
     for setting, (ours, meanings, default) in OF_PARTS.items():
         keys = [f"{part}.{setting}" for part in PARTS]
@@ -209,14 +209,14 @@ def _is_memory_efficient(values: Mapping[str, Any]) -> bool:
 
 
 def _by_reason(left_out: Mapping[str, str]) -> list[str]:
-    """A sentence about "key, other key (reason); ...", where there are any."""
+    """Formats ignored keys as "key, other key (reason); ..."; returns nothing if there are none."""
     keys = {why: ", ".join(key for key in left_out if left_out[key] == why) for why in left_out.values()}
     words = "; ".join(f"{those} ({why})" for why, those in keys.items())
     return [f"DINOv2's settings that mean nothing here are left out: {words}"] if words else []
 
 
 def _short(key: str) -> str:
-    """A setting of one part as that of all."""
+    """Translates the setting of one module to that of all modules."""
     return re.sub(r"^compute_precision\.\w+\.\w+\.", "compute_precision.*.*.", key)
 
 

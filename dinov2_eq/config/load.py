@@ -1,4 +1,4 @@
-"""Config = schema defaults < YAML file < `key=value` overrides; whatever the schema does not know is an error.
+"""Loads a config: defaults, then a YAML file, then `key=value` overrides. Unknown keys are errors.
 
 Files and command lines of DINOv2 are read as they are; see `config.dinov2`.
 """
@@ -68,7 +68,7 @@ def load_config(
 
 
 def find_recipe(name: str, folder: Path = Path(), flag: str = "--config-file") -> Path:
-    """Path of a YAML file.
+    """Returns the path of a YAML file or of a packaged recipe.
 
     Args:
         name: its path, or the name of a packaged recipe.
@@ -92,7 +92,7 @@ def find_recipe(name: str, folder: Path = Path(), flag: str = "--config-file") -
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dict of a config, ready for YAML, JSON or a checkpoint."""
+    """Converts a config to plain nested dictionaries, for YAML, JSON or a checkpoint."""
     return asdict(config)
 
 
@@ -101,7 +101,7 @@ def to_yaml(config: Config) -> str:
 
 
 def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[Keys, Any]]]:
-    """The file, after the file or recipe that its key `base` names (relative to it), and so on."""
+    """Returns the file, preceded by the chain of files or recipes that the key `base` names."""
     chain = (*above, path)
     if path.resolve() in [other.resolve() for other in above]:
         raise ValueError(f"{above[0]}: base leads in a circle: {' -> '.join(map(str, chain))}; cut it")
@@ -116,7 +116,7 @@ def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str
 
 
 def _leaves(values: Any, above: Keys = ()) -> dict[Keys, Any]:
-    """{("train", "seed"): 0, ...} of nested tables; an empty one is a value."""
+    """Flattens nested tables to {("train", "seed"): 0, ...}; an empty table counts as a value."""
     if not isinstance(values, Mapping) or (not values and above):
         return {above: values}
     leaves: dict[Keys, Any] = {}
@@ -126,7 +126,7 @@ def _leaves(values: Any, above: Keys = ()) -> dict[Keys, Any]:
 
 
 def _checked(sources: Sequence[tuple[str, Mapping[Keys, Any]]], schema: Any) -> list[Source]:
-    """The sources with their keys as "section.key"; raises ValueError with every key that is unknown."""
+    """Flattens the keys of the sources to "section.key"; raises ValueError that lists all unknown keys."""
     known = [*(".".join(keys) for keys in _leaves(OmegaConf.to_container(schema))), *sorted(KEYS)]
     mistakes = [mistake for source, values in sources for mistake in _mistakes(source, values, known)]
     if mistakes:
@@ -150,7 +150,7 @@ def _mistakes(source: str, values: Mapping[Keys, Any], known: Sequence[str]) -> 
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
-    """The key that is meant, if all words resemble those of that key; its unit is named when only that differs."""
+    """Suggests the key that was probably meant, and names its unit if only the unit differs."""
     for key in difflib.get_close_matches(name, known, n=3, cutoff=SIMILAR):
         words, theirs = re.split(r"[._]", name), re.split(r"[._]", key)
         strange = [word for word in words if not difflib.get_close_matches(word, theirs, n=1, cutoff=SIMILAR)]
@@ -162,7 +162,7 @@ def _hint(name: str, known: Sequence[str]) -> str:
 
 
 def _merge(config: Any, sources: Sequence[Source]) -> Config:
-    """Raises ValueError for a value of another type than its key has, or with a `${...}` that means nothing."""
+    """Raises ValueError for a value of another type than its key has, or for a `${...}` that cannot be resolved."""
     origin = {}
     for source, values in sources:
         for key, value in values.items():

@@ -1,4 +1,4 @@
-"""YAML in and out.
+"""Reads and writes YAML.
 
 Strings may stand for bytes that are not UTF-8, as names of old files do: Python has them as lone surrogates, for which
 YAML has no character. They are written as YAML's `!!binary`, which any reader of YAML takes.
@@ -19,7 +19,7 @@ ONE_CHARACTER_PER_BYTE = "cp437"  # all of them printable from 0x80 on; below it
 
 
 def read_yaml(path: Path, *, resolve: bool = False) -> dict[Any, Any]:
-    """The table that a YAML file holds, as plain dictionaries and lists.
+    """Reads a YAML file into plain dictionaries and lists.
 
     Args:
         resolve: replaces each `${...}` by what it names in this file; otherwise they stay as they are.
@@ -55,7 +55,7 @@ def read_yaml(path: Path, *, resolve: bool = False) -> dict[Any, Any]:
 
 
 def parse_override(override: str) -> dict[Any, Any]:
-    """`section.key=value` of a command line as a table; the value is YAML.
+    """Parses `section.key=value` from the command line into a table; the value is YAML.
 
     Raises:
         ValueError: there is no "=", or what follows is not YAML.
@@ -80,14 +80,14 @@ def parse_override(override: str) -> dict[Any, Any]:
 
 
 def dump_yaml(content: Mapping[str, Any]) -> str:
-    """The text of a YAML file that `read_yaml` reads as `content`."""
+    """Formats `content` as YAML that `read_yaml` can read back."""
     return OmegaConf.to_yaml(
         _map_leaves(content, lambda leaf: leaf if not isinstance(leaf, str) or _is_unicode(leaf) else _to_bytes(leaf))
     )
 
 
 def _reason(error: Exception, text: str) -> str:
-    """What is wrong, and in which line."""
+    """Describes a YAML error and its line."""
     if isinstance(error, MarkedYAMLError) and error.problem and error.problem_mark:
         number = error.problem_mark.line
         line = next(iter(text.splitlines()[number:]), "")

@@ -1,4 +1,4 @@
-"""What a loss term is, and what it asks of the rest: the seam that every method is built on.
+"""The interface of loss terms, on which every method is built.
 
 An objective owns its settings, its loss and the modules that nothing else uses. It says what it *needs*; data, networks
 and schedules supply exactly that, and nothing runs that no objective needs.
@@ -59,7 +59,7 @@ def union(needs: Mapping[str, Needs]) -> Needs:
 
 
 class Context(NamedTuple):
-    """What an objective may depend on beside its own settings: sizes that other sections of the config decide."""
+    """Values from other sections of the config that an objective may depend on."""
 
     sections: Mapping[str, "ObjectiveSettings"]  # all objectives', for one that shares another's head
     crop_sizes: Mapping[str, int]  # side in pixels of a "global" and of a "local" crop
@@ -80,7 +80,7 @@ class Objective(nn.Module, ABC):
         """Returns the unweighted loss of a batch."""
 
     def end_step(self) -> None:
-        """Runs once after every optimizer step, for whatever moves once per step whatever the accumulation."""
+        """Runs once after every optimizer step, regardless of gradient accumulation."""
 
     def pictures(self, scene: Scene) -> dict[str, Any]:
         """Returns images to show, normalised [..., 3, H, W] by name, such as reconstructions."""
@@ -99,20 +99,20 @@ class ObjectiveSettings(ABC):
 
     @abstractmethod
     def needs(self) -> Needs:
-        """Returns what the losses that are on need, and what the section asks for even without them."""
+        """Returns what the active losses need, and what the section needs even if none is active."""
 
     @abstractmethod
     def build(self, loss: str, context: Context, dim: int) -> Objective:
         """Returns the objective of one of the losses; `dim` channels are the invariant part of a token."""
 
     def is_used(self) -> bool:
-        """Whether the section has any effect; the values of one without are not checked."""
+        """Returns whether the section has any effect; values of an unused section are not checked."""
         return True
 
     def problems(self, section: str, context: Context) -> Iterator[str]:
-        """Yields a sentence, with key, value and remedy, for each combination that cannot run."""
+        """Yields a message with key, value and remedy for each combination that cannot run."""
         yield from ()
 
     def cautions(self, section: str, context: Context) -> Iterator[str]:
-        """Yields a sentence, with value and remedy, for each setting that can run but trains nothing useful."""
+        """Yields a message with value and remedy for each setting that can run but trains nothing useful."""
         yield from ()

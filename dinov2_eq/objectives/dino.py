@@ -1,4 +1,4 @@
-"""DINO on class tokens: every view of the student predicts what the teacher says of the other global views.
+"""DINO on class tokens: each view of the student predicts the teacher's output for the other global views.
 
 Caron et al., arXiv 2104.14294. DINOv2 adds KoLeo in the same section of the config.
 """
@@ -20,7 +20,7 @@ from dinov2_eq.types import GLOBAL, LOCAL, Scene, Term
 
 @dataclass
 class HeadConfig(ObjectiveSettings):
-    """Settings of a DINO head, for the sections that have one."""
+    """Settings of a DINO head, inherited by sections that have one."""
 
     head_n_prototypes: int = setting(65536, "outputs of the head", interval="[1, inf)")
     head_bottleneck_dim: int = setting(256, "width before the prototypes", interval="[1, inf)")
@@ -41,7 +41,7 @@ class HeadConfig(ObjectiveSettings):
         )
 
     def prototype_caution(self, section: str) -> Iterator[str]:
-        """Yields a sentence where the head has a single prototype."""
+        """Yields a caution if the head has a single prototype."""
         if self.head_n_prototypes == 1:
             yield (
                 f"{section}.head_n_prototypes=1: with one prototype every answer is right and the loss always 0. Use "

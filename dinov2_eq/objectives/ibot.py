@@ -1,4 +1,4 @@
-"""iBOT: the student predicts what the teacher says of the patches that the student does not see.
+"""iBOT: the student predicts the teacher's output for patches that are masked in its own input.
 
 Zhou et al., arXiv 2111.07832.
 """

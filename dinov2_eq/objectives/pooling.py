@@ -1,4 +1,4 @@
-"""One vector for each view, for losses that compare whole images."""
+"""Pools tokens to one vector per view, for losses that compare whole images."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""The teacher's logits as targets: centring (DINO) or Sinkhorn-Knopp (SwAV)."""
+"""Turns the teacher's logits into targets: centring (DINO) or Sinkhorn-Knopp (SwAV)."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ def centered_softmax(logits: Tensor, center: Tensor, temp: float) -> Tensor:
 
 
 def _max_over_processes(values: Tensor) -> Tensor:
-    """The largest value, a scalar; -inf where no process has any."""
+    """Returns the largest value over all processes as a scalar; -inf if there is none."""
     largest = values.new_zeros(get_world_size())
     largest[get_rank()] = torch.cat([values.flatten(), values.new_tensor([-torch.inf])]).max()
     return all_reduce_sum(largest).max()
