@@ -54,7 +54,7 @@ def make_linear_loader(
     start_position: int = 0,
     num_workers: int = 0,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """An endless loader of (images [B, 3, S, S] uint8, labels [B] int64) for one process.
+    """Builds an endless loader of (images [B, 3, S, S] uint8, labels [B] int64) for one process.
 
     The batches of all processes together do not depend on their number, nor on `num_workers`, and a loader that starts
     at `start_position` goes on as if it had never stopped.

@@ -1,4 +1,4 @@
-"""Decoders D_k: from the equivariant tokens of both views to one intermediate image (arXiv 2503.18753, section 3).
+"""Decoders D_k, from the equivariant tokens of two views to one intermediate image (arXiv 2503.18753, section 3).
 
 All decoders are built from `DecoderSettings` and have one signature, `decoder(anchor, transformed, grid) -> image`:
 tokens [B, N, D_equi] of the two views, the token grid (h, w) with h * w = N, and an image
@@ -21,7 +21,7 @@ HEAD_DIM = 64
 
 @dataclass(frozen=True)
 class DecoderSettings:
-    """What a decoder can depend on; each reads what concerns it."""
+    """Settings of all decoders; each reads those it needs."""
 
     equivariant_dim: int
     patch_size: int
@@ -109,7 +109,7 @@ DECODERS = {"conv": ConvDecoder, "cross_attention": CrossAttentionDecoder}
 
 
 def build_decoder(name: str, **settings) -> nn.Module:
-    """The decoder called `name` with the given `DecoderSettings`.
+    """Builds the decoder called `name` with the given `DecoderSettings`.
 
     Raises:
         ValueError: unknown name, or a width that the decoder cannot have.

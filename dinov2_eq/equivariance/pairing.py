@@ -1,4 +1,4 @@
-"""Where the second view of an image comes from, and what links it to the first."""
+"""Sources of the second view of an image, and the parameters that link it to the base view."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class Pairing(ABC):
 
 
 class NoPairing(Pairing):
-    """The second view is another crop of the image, and nothing is known of what links them."""
+    """The second view is another crop of the image, and no parameters are known."""
 
     def canvas_size(self, size: tuple[int, int]) -> tuple[int, int]:
         return size

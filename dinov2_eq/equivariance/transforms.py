@@ -41,7 +41,7 @@ from dinov2_eq.equivariance.warp import se2_canvas_size, warp_se2
 
 @dataclass(frozen=True)
 class TransformRanges:
-    """How far the transforms go; each reads what concerns it. Defaults: arXiv 2503.18753, table 2."""
+    """Ranges of the transforms; each reads those it needs. Defaults: arXiv 2503.18753, table 2."""
 
     max_angle_deg: float = 45.0
     max_shift: float = 10 / 224  # share of the side
@@ -65,7 +65,7 @@ class Transform(ABC):
         return self.low.to(uniform) + (self.high - self.low).to(uniform) * uniform
 
     def scaled(self, theta: Tensor, fraction: float) -> Tensor:
-        """Every parameter times `fraction`: the paper's rule, which for SE(2) is no power of the group element."""
+        """Multiplies every parameter by `fraction`, as in the paper; for SE(2) this is no power of the group element."""
         return theta * fraction
 
     def canvas_size(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -101,7 +101,7 @@ def register_transform(name: str) -> Callable[[type[Transform]], type[Transform]
 
 
 def build_transform(name: str, **ranges) -> Transform:
-    """The transform called `name` with the given `TransformRanges`.
+    """Builds the transform called `name` with the given `TransformRanges`.
 
     Raises:
         ValueError: no transform of that name, or its module cannot be imported.

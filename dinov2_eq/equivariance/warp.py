@@ -41,7 +41,7 @@ def warp_se2(images: Tensor, angle_deg: Tensor, shift: Tensor, size: tuple[int, 
 
 
 def se2_canvas_size(size: tuple[int, int], max_angle_deg: float, max_shift: float) -> tuple[int, int]:
-    """Smallest canvas that holds every pixel `warp_se2` may ask for within these ranges.
+    """Computes the smallest canvas that contains every pixel `warp_se2` can sample in these ranges.
 
     It exceeds `size` (H, W) by an even number of pixels, so that the centre of the canvas falls on whole pixels and the
     identity needs no interpolation.

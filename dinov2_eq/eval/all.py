@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs what is not done yet, and exits with 2 where an evaluation failed; the others are not affected.
+    """Runs unfinished evaluations; exits with 2 if one failed, after running the others.
 
     Raises:
         ValueError: a list that cannot be read, with an unknown program or flag, or without encoders; nothing was run.
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def shared_features(folders: Collection[Path]) -> Iterator[None]:
-    """Begins and ends without kept features: data may change from one call to the next."""
+    """Removes cached features before and after, since data may change between calls."""
 
     def remove() -> None:
         for folder in folders:
@@ -110,7 +110,7 @@ def split_words(text: str) -> list[str]:
 
 
 def read_list(path: Path, output_dir: Path) -> list[Task]:
-    """Every evaluation of every encoder that a YAML file lists.
+    """Returns every evaluation of every encoder listed in a YAML file.
 
     encoders: {NAME: SOURCE, ...}; evaluations: {NAME: {program: knn, FLAG: VALUE, ...}, ...}, where `program` may be
     left out if it is the name, a list is several values, true is a flag without a value and false is --no-FLAG.
@@ -156,7 +156,7 @@ def as_flags(flags: Mapping[str, Any]) -> list[str]:
 
 
 def check_flags(path: Path, task: Task) -> None:
-    """Raises ValueError for flags that the program does not take, or that the list itself answers for."""
+    """Raises ValueError for flags that the program does not take or that the list sets itself."""
     parser = importlib.import_module(EVALUATIONS[task.program].module).build_parser()
     said = io.StringIO()
     try:
@@ -175,7 +175,7 @@ def check_flags(path: Path, task: Task) -> None:
 
 
 def carry_out(task: Task, submit: Sequence[str] | None, resubmit: bool) -> Entry:
-    """Runs or submits the evaluation, unless the same command was given before for the same files.
+    """Runs or submits the evaluation, unless the same command already ran on the same files.
 
     Then its results count, or what was submitted is waited for, unless `resubmit`. Results of another command stay
     until there are new ones, or until a job is to write them.
@@ -218,7 +218,7 @@ def carry_out(task: Task, submit: Sequence[str] | None, resubmit: bool) -> Entry
 
 
 def read_results(folder: Path) -> dict[str, float]:
-    """Numbers of an evaluation; none where a file of them is damaged, so that they are made again."""
+    """Returns the numbers of an evaluation; none if a results file is damaged, so that it is rerun."""
     try:
         return read_numbers(folder)
     except ValueError as error:
@@ -227,7 +227,7 @@ def read_results(folder: Path) -> dict[str, float]:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """What `carry_out` wrote beside results; None where it says nothing, so that they are made again."""
+    """Returns the record that `carry_out` wrote; None if unreadable, so that the evaluation is rerun."""
     try:
         return read_json(path)
     except (FileNotFoundError, ValueError):
@@ -235,7 +235,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def stamps(words: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Which file each path in a command means today, with its size and time; what is no path has none.
+    """Returns file, size and modification time for each path in a command; other words are skipped.
 
     Class mappings and heads may be written anew, and a run's newest teacher is soon another one.
     """

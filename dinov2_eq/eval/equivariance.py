@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def within(setting: str) -> Callable[[str], float]:
-    """Type of a flag that takes what training takes for this setting of the task."""
+    """Returns a parser for a flag with the same range as this setting in training."""
     interval = EquivarianceConfig.__dataclass_fields__[setting].metadata["interval"]
 
     def number(text: str) -> float:
@@ -220,7 +220,7 @@ class Equivariance(Evaluation):
 
 
 def read_data(args: argparse.Namespace) -> tuple[list[ImageDataset], list[Tensor | None], list[str]]:
-    """Datasets and labels for training and scoring, and notices.
+    """Opens datasets and labels for training and scoring; also returns notices.
 
     Labels are for the card's k-NN alone; it does without where they cannot be used, and says so.
     """
@@ -243,14 +243,14 @@ def make_split(
     draws: int,
     tasks: dict[str, Transform],
 ) -> Split:
-    """The first `max_images` of a fixed shuffle, and so many transforms for each."""
+    """Selects the first `max_images` of a fixed shuffle and draws transforms for each."""
     indices = fixed_subset(len(dataset), max_images)
     theta = {task: draw_theta(task, transform, len(indices), draws, name) for task, transform in tasks.items()}
     return Split(dataset, indices, None if labels is None else labels[indices], theta)
 
 
 def build_tasks(args: argparse.Namespace) -> dict[str, Transform]:
-    """Raises ValueError where a range is empty."""
+    """Raises ValueError if a range is empty."""
     ranges = {
         "max_angle_deg": args.max_angle_deg,
         "max_shift": args.max_shift,
@@ -276,7 +276,7 @@ def extract(
     args: argparse.Namespace,
     device: torch.device,
 ) -> Extracted:
-    """Features of encoders that agree on image size; with --card also those of turned images."""
+    """Computes features of encoders with the same image size; with --card also those of turned images."""
     size = next(iter(encoders.values())).image_size
     turned, disc = (turned_settings(size), [upright(size)]) if args.card else ([], [])
     shared = {
@@ -298,7 +298,7 @@ def extract(
 def measure_angles(
     extracted: dict[str, Extracted], train: Split, val: Split, tokens: Sequence[str], device: torch.device
 ) -> dict[str, Any]:
-    """The angle curves of every encoder and choice of tokens, and the chance scores to read them by."""
+    """Computes angle curves for every encoder and choice of tokens, and the chance levels."""
     found: dict[str, Any] = {"angles_deg": list(ANGLES_DEG), "recall_at_1_by_chance": 1 / len(val.indices)}
     k, labels = min(NUM_NEIGHBOURS, len(train.indices)), None
     if train.labels is not None:
@@ -313,7 +313,7 @@ def measure_angles(
 def split_rows(
     rows: Sequence[dict[str, Any]], headline: dict[str, str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Those of the headline's tokens and head, and the others."""
+    """Splits rows into those with the headline's tokens and head, and the rest."""
     parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = [], []
     for row in rows:
         parts[not row.items() >= headline.items()].append(row)
@@ -333,7 +333,7 @@ def describe_borders(settings: Sequence[Setting]) -> dict[str, dict[str, float]]
 
 
 def results_table(rows: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]]) -> str:
-    """One line for each task and border and for each mean, encoders side by side."""
+    """Formats one line per task and border, and per mean, with encoders side by side."""
     encoders = list(dict.fromkeys(row["encoder"] for row in rows))
     lines: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:

@@ -91,7 +91,7 @@ class Knn(Evaluation):
 
 
 def draw_subsets(labels: Tensor, n_per_class: int, n_tries: int) -> list[Tensor]:
-    """Places of the training images of each try: all images once, or at random `n_per_class` images of each class.
+    """Returns the training images of each try: all of them, or `n_per_class` random images per class.
 
     Raises:
         ValueError: a number that is neither -1 nor positive, or a class with fewer images.
@@ -102,7 +102,7 @@ def draw_subsets(labels: Tensor, n_per_class: int, n_tries: int) -> list[Tensor]
 
 
 def usable_ks(ks: Sequence[int], num_images: int, n_per_class: int) -> tuple[list[int], list[str]]:
-    """The k to report, ascending, and a notice for each that had to change.
+    """Returns the values of k in ascending order, and a notice for each that was changed.
 
     A k larger than the number of images becomes that number. With n images of each class, k above n is left out and
     n itself added, as in DINOv2: further neighbours are certain to be of other classes.

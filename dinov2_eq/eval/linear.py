@@ -92,7 +92,7 @@ def path_or_none(text: str) -> Path | None:
 
 
 class Reported(NamedTuple):
-    """Images that the chosen head answers."""
+    """Images on which the chosen head is evaluated."""
 
     data: str
     class_mapping: Path | None
@@ -188,7 +188,7 @@ class Linear(Evaluation):
         return Measured(results, self.protocol(notices), f"{heading}\n{accuracy_table(accuracies, self.metrics)}")
 
     def train_heads(self, extractor: FeatureExtractor, selection_features: Tensor) -> None:
-        """Trains the grid from where its checkpoint is, and notes the best head on the way."""
+        """Trains the grid, resuming from its checkpoint, and tracks the best head."""
         args, grid, training = self.args, self.grid, self.training
 
         def best_so_far() -> dict[str, Any]:
@@ -209,7 +209,7 @@ class Linear(Evaluation):
         )
 
     def protocol(self, notices: list[str]) -> dict[str, Any]:
-        """What the results file says of the heads and the images."""
+        """Returns the protocol entries about heads and images."""
         args, images_of = self.args, self.images_of
         trained_before = dict.fromkeys(SCHEDULE_FLAGS) if args.classifier_fpath else {}
         return {
@@ -237,7 +237,7 @@ class Linear(Evaluation):
 def read_images(
     args: argparse.Namespace, sets: Mapping[str, Reported]
 ) -> tuple[LabelledImages, LabelledImages, dict[str, LabelledImages]]:
-    """Images to train on, to choose the head by, and to report on; the last by name."""
+    """Opens the images for training, for choosing the head, and for reporting (by name)."""
     others, class_mappings, _ = zip(*sets.values(), strict=True)
     train, *reported = from_main_process(
         lambda: read_labelled(args.train_dataset, others, "Linear classification", args.max_images, class_mappings)
@@ -257,7 +257,7 @@ def hits_of_all(grid: HeadGrid, images: LabelledImages, features: Tensor) -> Cla
 def feature_batches(
     args: argparse.Namespace, extractor: FeatureExtractor, train: LabelledImages, max_blocks: int, step: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features of random crops of the training images, without end, as they follow after `step` steps."""
+    """Yields features of random training crops endlessly, starting after `step` steps."""
     loader = make_linear_loader(
         train.dataset,
         train.indices,
@@ -276,7 +276,7 @@ def feature_batches(
 
 
 def check_blocks(encoder: Encoder, num_blocks: int) -> int:
-    """The width of a token; raises ValueError where the backbone has fewer blocks."""
+    """Returns the token width; raises ValueError if the backbone has too few blocks."""
     pixels = torch.zeros(1, 3, encoder.image_size, encoder.image_size)
     try:
         features = block_features(encoder.backbone, pixels, mean=encoder.mean, std=encoder.std, num_blocks=num_blocks)
@@ -298,7 +298,7 @@ def fixed_settings(args: argparse.Namespace, encoder: Encoder, grid: HeadGrid, n
 
 
 def schedule_of(args: argparse.Namespace, classes: Tensor | None) -> dict[str, Any]:
-    """What training went by, scores on the way included: `classes` are those of the images that choose the head."""
+    """Returns the training history, including intermediate scores; `classes`: those of the selection images."""
     return {
         "--val-dataset": args.val_dataset if args.select_on_val else None,
         "what is in --val-class-mapping-fpath": None if classes is None else classes.tolist(),
@@ -308,7 +308,7 @@ def schedule_of(args: argparse.Namespace, classes: Tensor | None) -> dict[str, A
 
 
 def divergence(grid: HeadGrid) -> list[str]:
-    """A notice about heads that diverged; raises ValueError where all did."""
+    """Returns a notice about diverged heads; raises ValueError if all diverged."""
     diverged = grid.diverged()
     if len(diverged) == len(grid.specs):
         raise ValueError("All heads diverged, their weights are NaN or infinite. Give smaller --learning-rates")
@@ -316,7 +316,7 @@ def divergence(grid: HeadGrid) -> list[str]:
 
 
 def unfinished(training: GridTraining) -> list[str]:
-    """A notice about heads that were loaded on the way."""
+    """Returns a notice if the training of the heads is not finished."""
     if training.step == training.num_steps:
         return []
     return [f"the heads are those of step {training.step} of {training.num_steps}: their training is not finished"]
@@ -329,7 +329,7 @@ def selection_words(args: argparse.Namespace) -> str:
 
 
 def describe_heads(grid: HeadGrid, hits: dict[str, ClassHits], metrics: dict[str, str]) -> list[dict[str, Any]]:
-    """Every head with its top-1, by the name of the images."""
+    """Returns the top-1 accuracy of every head, by set of images."""
     top1 = {name: found.top1_percent(metrics[name]).tolist() for name, found in hits.items()}
     return [
         {"name": spec.name, **spec._asdict(), "top1": {name: values[number] for name, values in top1.items()}}

@@ -128,7 +128,7 @@ def score(found: LogisticFit, features: Tensor, images: LabelledImages) -> Class
 
 
 def convergence(grid: list[dict[str, Any]], final: LogisticFit, best: float) -> list[str]:
-    """Notices about fits that stopped before they converged."""
+    """Returns notices about fits that did not converge."""
     notices = []
     if early := [row["C"] for row in grid if not row["converged"]]:
         notices.append(f"{len(early)} of {len(grid)} fits stopped before they converged, from C = {min(early):.3g} up")
@@ -140,7 +140,7 @@ def convergence(grid: list[dict[str, Any]], final: LogisticFit, best: float) -> 
 
 
 def end_of_the_grid(best: float) -> list[str]:
-    """A notice where the weakest penalty was the best, as it is for features that hardly vary."""
+    """Returns a notice if the weakest penalty was best, as happens with nearly constant features."""
     if best < max(C_GRID):
         return []
     notice = f"C = {best:.3g} is the largest that was tried; with a weaker penalty the accuracy may be higher"

@@ -1,4 +1,4 @@
-"""The one shape of an evaluation, and what every evaluation does before and after it measures."""
+"""The interface of an evaluation, and the steps that all evaluations share."""
 
 import argparse
 import time
@@ -23,7 +23,7 @@ from dinov2_eq.evaluation.results import publish, results_folder
 
 
 class Measured(NamedTuple):
-    """What an evaluation found."""
+    """The outcome of an evaluation."""
 
     results: dict[str, Any]  # entries of the results file
     protocol: dict[str, Any]  # how they came about, beside the flags and the machine
@@ -50,7 +50,7 @@ class Evaluation(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Opens the data, and raises ValueError or OSError where they or the flags cannot be used."""
+        """Opens the data; raises ValueError or OSError if the data or the flags cannot be used."""
 
     def load(self) -> None:
         """Loads what is evaluated, and raises ValueError where it does not fit the flags."""
@@ -67,7 +67,7 @@ class Evaluation(ABC):
         return FeatureExtractor(self.encoder, self.device, **settings, make_loader=self.make_loader, store=store)
 
     def published(self, results: dict[str, Any]) -> None:  # noqa: B027, few need it
-        """Runs after the results were written, with all that is in their file."""
+        """Runs after the results file was written, with its content."""
 
 
 def run(kind: type[Evaluation], args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What the evaluation programs have in common: flags, device, the record of the protocol, and the table at the end."""
+"""Flags, device, protocol record and result table that the evaluation programs share."""
 
 import argparse
 import logging
@@ -30,7 +30,7 @@ SILENCE_LIMIT_S = 900.0  # one process may compute alone for four times as long,
 def evaluation_parser(
     prog: str, description: str | None, batch_size: int, *, num_workers: int = 5, many_encoders: bool = False
 ) -> argparse.ArgumentParser:
-    """A parser with the flags of every evaluation, named as in DINOv2; `encoder_of` reads those of the encoder.
+    """Builds a parser with the flags of every evaluation, named as in DINOv2; `encoder_of` reads those of the encoder.
 
     Args:
         batch_size, num_workers: defaults.
@@ -78,7 +78,7 @@ def evaluation_parser(
 
 
 def add_subset_flags(parser: argparse.ArgumentParser) -> None:
-    """Which images of the datasets take part."""
+    """Selects which images of the datasets are used."""
     parser.add_argument(
         "--max-images", type=positive, help="of each dataset, the first so many of a fixed shuffle; None: all"
     )
@@ -89,13 +89,13 @@ def add_subset_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def encoder_of(args: argparse.Namespace) -> Any:
-    """What `--encoder` or `--pretrained-weights` names; with `many_encoders` the first is a list."""
+    """Returns the source that `--encoder` or `--pretrained-weights` names; with `many_encoders` the first is a list."""
     return args.pretrained_weights if args.encoder is None else args.encoder
 
 
 @contextmanager
 def evaluation_processes(args: argparse.Namespace) -> Iterator[torch.device]:
-    """Joins this process to those that a launcher started with it, if any, and gives it its device.
+    """Joins the process group of the launcher, if there is one, and selects the device.
 
     Log lines of the main process go to the terminal. A dry run needs no GPU: it is done where a job is submitted.
     """
@@ -111,7 +111,7 @@ def evaluation_processes(args: argparse.Namespace) -> Iterator[torch.device]:
 
 
 def goes_on(args: argparse.Namespace, folder: Path) -> bool:
-    """Whether there is more to do than the checks of a dry run; all processes call it.
+    """Returns whether to go beyond the checks of a dry run; all processes must call it.
 
     Raises:
         OSError: there is, and `folder` cannot be written.
@@ -124,7 +124,7 @@ def goes_on(args: argparse.Namespace, folder: Path) -> bool:
 
 
 def extraction_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `FeatureExtractor` that every evaluation has flags for."""
+    """Returns the arguments of `FeatureExtractor` for which every evaluation has flags."""
     return {
         "batch_size": args.batch_size,
         "num_workers": args.num_workers,
@@ -133,12 +133,12 @@ def extraction_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def not_negative(text: str) -> int:
-    """Type of a flag that takes a whole number from 0 up."""
+    """Parses a flag that takes a whole number of at least 0."""
     return _whole_number(text, smallest=0)
 
 
 def positive(text: str) -> int:
-    """Type of a flag that takes a whole number from 1 up."""
+    """Parses a flag that takes a whole number of at least 1."""
     return _whole_number(text, smallest=1)
 
 
@@ -154,7 +154,7 @@ def _whole_number(text: str, smallest: int) -> int:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their longest cell; the first is aligned left, the others right."""
+    """Formats a text table; the first column is aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -166,7 +166,7 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def accuracy_table(accuracies: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, str]) -> str:
-    """A row for each set of images, from `ClassHits.summary`, by the metric of the set.
+    """Returns a row for each set of images, from `ClassHits.summary`, by the metric of the set.
 
     per_class_accuracy shows its mean.
     """
@@ -179,7 +179,7 @@ def accuracy_table(accuracies: Mapping[str, Mapping[str, Any]], metrics: Mapping
 
 
 def protocol_of(args: argparse.Namespace, device: torch.device, started: float) -> dict[str, Any]:
-    """What a results file says about how it came about: flags but for files, machine, processes, and the time taken.
+    """Returns the record of how results were obtained: flags except output paths, machine, processes, time taken.
 
     Args:
         started: `time.perf_counter()` at the start.

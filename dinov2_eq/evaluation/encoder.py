@@ -1,4 +1,4 @@
-"""Any encoder for the evaluations: of a run, of a file of weights, of another library, or with random weights."""
+"""Loads encoders to evaluate: from a run, a weights file or another library, or with random weights."""
 
 import hashlib
 import logging
@@ -73,7 +73,7 @@ def load_encoder(source: str | Path, config_file: str | None = None) -> Encoder:
 
 
 def random_encoder(encoder: Encoder, seed: int) -> Encoder:
-    """The same architecture before any training; torch's global generator is left as it was."""
+    """Returns the untrained encoder of the same architecture; leaves torch's global generator unchanged."""
     return replace(
         encoder,
         backbone=_frozen(_seeded(encoder.untrained, seed)),
@@ -83,7 +83,7 @@ def random_encoder(encoder: Encoder, seed: int) -> Encoder:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The file itself, or the newest teacher checkpoint of a run folder."""
+    """Returns the file itself, or the newest teacher checkpoint of a run folder."""
     if path.is_file():
         return path
     if not path.exists():
@@ -102,7 +102,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def fingerprint(backbone: nn.Module) -> str:
-    """SHA-256 of all weights: a path alone does not say that its file is still the same."""
+    """Computes the SHA-256 of all weights, since the file at a path may change."""
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):
         digest.update(name.encode())
@@ -154,7 +154,7 @@ def _load_file(source: str, path: Path, config_file: str | None) -> Encoder:
 def _load_strictly(
     backbone: DinoVisionTransformer, weights: Mapping[str, Tensor], path: Path, *, is_ours: bool, is_described: bool
 ) -> int:
-    """All names and shapes must agree; weights of others may have another position table and lack the mask token.
+    """Loads weights whose names and shapes must match; foreign ones may lack the mask token or resize positions.
 
     Returns the number of tensors.
     """

@@ -1,4 +1,4 @@
-"""Training of a grid of linear heads that goes on where it was interrupted."""
+"""Resumable training of a grid of linear heads."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class GridCheckpoints:
-    """Heads, optimizer and step in a folder, with the settings that they belong to.
+    """Checkpoints of heads, optimizer and step, with the settings they were trained with.
 
     Args:
         settings: by name; what a checkpoint and the command that uses its heads must agree on.
@@ -40,7 +40,7 @@ class GridCheckpoints:
         self.history: list[dict[str, Any]] = []  # scores so far
 
     def save(self, name: str) -> None:
-        """The main process writes the whole file, or none of it."""
+        """Saves atomically, from the main process."""
         if is_main_process():
             state = {
                 "training": self.training.state_dict(),
@@ -96,7 +96,7 @@ class GridCheckpoints:
 
 
 def _read_saved(path: Path) -> dict[str, Any]:
-    """What `GridCheckpoints.save` wrote, in every process; the file may be on the main process's own disk.
+    """Loads what `GridCheckpoints.save` wrote, in every process; only the main process needs access to the file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -134,7 +134,7 @@ def train_grid(
     keep_every_epochs: int,
     device: torch.device,
 ) -> None:
-    """Trains to the last step; a running checkpoint is written after each epoch.
+    """Trains to the last step and saves a checkpoint after each epoch.
 
     Args:
         batches: features and labels on `device`, from the next step on; see `GridTraining.update`.

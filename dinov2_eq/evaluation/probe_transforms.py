@@ -11,7 +11,7 @@ from dinov2_eq.equivariance.transforms import TRANSFORMS, Transform, build_trans
 
 
 class Crop(Transform):
-    """A square part of the image, shown as large as the whole.
+    """Crops a square and resizes it to the size of the image.
 
     Its side is a share s = exp(log_scale) of the image's, with log_scale uniform up to 0; its centre is uniform among
     the places where it fits, as an offset from the image's centre in shares of the side.
@@ -45,7 +45,7 @@ class Crop(Transform):
 
 
 class Flip(Transform):
-    """Left and right exchanged, or not, each with probability 1/2."""
+    """Flips horizontally with probability 1/2."""
 
     components = ("mirrored",)
 
@@ -60,7 +60,7 @@ class Flip(Transform):
 
 
 def build_probe_transform(name: str, *, min_crop_share: float, **ranges) -> Transform:
-    """The transform called `name`: crop, flip, or what `build_transform` knows.
+    """Builds the transform called `name`: crop, flip, or one that `build_transform` knows.
 
     Raises:
         ValueError: no transform of that name, or its module cannot be imported.

@@ -1,4 +1,4 @@
-"""What is measured on features of images and of transformed images: R2 of the transform, invariance, angle curves."""
+"""Measures features of images and transformed images: R2 of the transform, invariance, angle curves."""
 
 from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
@@ -40,18 +40,18 @@ class Probes(NamedTuple):
 
 
 def upright(image_size: int) -> Appearance:
-    """A disc that looks the same however the image is turned: all its pixels are real at every angle."""
+    """A disc mask inside which every pixel is real at any angle of rotation."""
     return Appearance(image_size, (image_size - 1) / 2)
 
 
 def turned_settings(image_size: int) -> list[Setting]:
-    """The image turned by each of `ANGLES_DEG` behind its disc."""
+    """Returns settings that rotate the image by each of `ANGLES_DEG`, inside the disc."""
     rotation = build_transform("rotation")
     return [Setting(f"angle_{angle}", "masked", rotation, upright(image_size)) for angle in ANGLES_DEG]
 
 
 def turned_theta(num_images: int) -> dict[str, Tensor]:
-    """The angle [1, N, 1] of each of the `turned_settings`."""
+    """Returns theta [1, N, 1], the angle, for each of the `turned_settings`."""
     return {f"angle_{angle}": torch.full((1, num_images, 1), float(angle)) for angle in ANGLES_DEG}
 
 
@@ -61,7 +61,7 @@ def score_transforms(
     probes: Probes,
     device: torch.device,
 ) -> Iterator[list[dict[str, Any]]]:
-    """R2 of each encoder, setting, choice of tokens and head; the processes share the heads.
+    """Computes R2 for each encoder, setting, choice of tokens and head; the processes share the work.
 
     Args:
         extracted: by name of the encoder.
@@ -106,7 +106,7 @@ def _train_heads(
 
 
 def make_row(encoder: str, setting: Setting, tokens: str, head: str, scores: Sequence[R2Scores]) -> dict[str, Any]:
-    """Means over the seeds of the head, and where there are several the spread of the headline number."""
+    """Averages over the seeds of the head; with several seeds, adds the spread of the headline number."""
     pooled = [score.pooled for score in scores]
     components = [fmean(values) for values in zip(*(score.components for score in scores), strict=True)]
     row = {
@@ -123,7 +123,7 @@ def make_row(encoder: str, setting: Setting, tokens: str, head: str, scores: Seq
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over the four standard tasks of each encoder, tokens and head; none where a task was left out."""
+    """Averages over the four standard tasks for each encoder, tokens and head; skipped if a task is missing."""
     summary = []
     for kind in dict.fromkeys((row["encoder"], row["tokens"], row["head"]) for row in rows):
         of_kind = [row for row in rows if (row["encoder"], row["tokens"], row["head"]) == kind]
@@ -142,7 +142,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def cosine_rows(name: str, found: Extracted, tokens: Sequence[str]) -> list[dict[str, Any]]:
-    """For each setting, how near held-out g(I) is to its I, and how near other images are to each other."""
+    """Returns the cosine between held-out I and g(I), and between different images, for each setting."""
     return [
         {
             "encoder": name,
@@ -166,7 +166,7 @@ def angle_curve(
     k: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Over `ANGLES_DEG`: whether a turned held-out image finds itself among the upright ones, and its class.
+    """Returns retrieval of the upright image and k-NN accuracy of rotated images, over `ANGLES_DEG`.
 
     All processes call it together.
 

@@ -1,4 +1,4 @@
-"""Several encoders in one evaluation: what each is called, and their untrained twins."""
+"""Names and untrained twins for several encoders in one evaluation."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ RANDOM_SEED = 0
 
 
 def name_sources(sources: Sequence[str]) -> list[str]:
-    """Short names: of paths what lies below the folder that holds them all; other sources are their own names.
+    """Shortens sources to names: paths relative to their common folder, other sources unchanged.
 
     Raises:
         ValueError: a source is given twice.
@@ -37,7 +37,7 @@ def is_untrained(encoder: Encoder) -> bool:
 
 
 def with_untrained(encoders: Mapping[str, Encoder]) -> dict[str, Encoder]:
-    """Adds, for each architecture, the same with random weights; nothing where it is there already."""
+    """Adds an untrained encoder for each architecture that does not have one yet."""
     kinds = {_architecture(encoder): name for name, encoder in encoders.items() if is_untrained(encoder)}
     twins = {}
     for name, encoder in encoders.items():

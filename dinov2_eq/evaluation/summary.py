@@ -1,4 +1,4 @@
-"""Many results files as one table: a row for each encoder, a column for each number."""
+"""Collects results files in one table: a row for each encoder, a column for each number."""
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ class Entry(NamedTuple):
 
 
 def numbers_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a results file by name: accuracies, or R2 by task and border of the encoder itself."""
+    """Returns the numbers of a results file by name: accuracies, or the encoder's R2 by task and border."""
     if "rows" not in results:
         return dict(_leaves(results["results"]))
     rows = results["rows"]
@@ -44,7 +44,7 @@ def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, f
 
 
 class Summary(NamedTuple):
-    """Entries as one table."""
+    """Formats entries as one table."""
 
     header: list[str]
     rows: list[list[str]]  # one for each encoder; no number: the cell is empty

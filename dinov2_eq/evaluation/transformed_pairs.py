@@ -27,14 +27,14 @@ from dinov2_eq.probes.features import even_share, pooled_features, require_finit
 
 
 class Appearance(NamedTuple):
-    """How the image I looks, apart from g."""
+    """Preprocessing of the image I, independent of g."""
 
     side: int  # pixels the image is read with; I is its centre
     mask_radius: float | None  # pixels of the disc that is shown; None: everything
 
 
 class Setting(NamedTuple):
-    """One transform under one border."""
+    """One transform with one kind of border."""
 
     task: str
     border: str  # zeros, masked, canvas or none
@@ -43,7 +43,7 @@ class Setting(NamedTuple):
 
 
 def settings_of(task: str, transform: Transform, image_size: int) -> list[Setting]:
-    """The borders a transform is measured with.
+    """Returns the kinds of border with which a transform is measured.
 
     Raises:
         ValueError: shifts so large that no disc is left.
@@ -68,13 +68,13 @@ def settings_of(task: str, transform: Transform, image_size: int) -> list[Settin
 
 
 def draw_theta(task: str, transform: Transform, num_images: int, draws: int, split: str) -> Tensor:
-    """Parameters [draws, N, P], always the same for the same arguments; all borders of a task share them."""
+    """Draws theta [draws, N, P], reproducibly from the arguments; all borders of a task share it."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{task}.{split}".encode()))
     return torch.stack([transform.sample(num_images, generator) for _ in range(draws)])
 
 
 class SizedImages(EvaluationSamples):
-    """Each image decoded once and resized to several sides: {side: [3, side, side] uint8}.
+    """Decodes each image once and resizes it to several sides: {side: [3, side, side] uint8}.
 
     `image_size` is read as every evaluation reads it; other sides show the whole short side.
     """
@@ -90,7 +90,7 @@ class SizedImages(EvaluationSamples):
 
 
 class PairFeatures:
-    """What `extract_pairs` finds; an I that several settings share is held once."""
+    """Features of pairs from `extract_pairs`; those of an I that several settings share are stored once."""
 
     def __init__(self, features: dict[tuple[str, Appearance | Setting], Tensor]) -> None:
         self._features = features  # [draws, N, 2D], [1, N, 2D] for an I: class token, mean of the patch tokens
@@ -123,7 +123,7 @@ def extract_pairs(
     num_workers: int,
     half_precision: bool = False,
 ) -> PairFeatures:
-    """Features of I and g(I) for every encoder and setting.
+    """Computes features of I and g(I) for every encoder and setting.
 
     Each image is decoded once; the features of an I that several settings share are computed once. The encoders, in
     eval mode on `device`, must agree on image size.
@@ -190,13 +190,13 @@ def _select(features: Tensor, tokens: str) -> Tensor:
 
 
 def _centre(images: Tensor, size: int) -> Tensor:
-    """The central [..., size, size] of square images."""
+    """Crops the centre [..., size, size] of square images."""
     margin = (images.shape[-1] - size) // 2
     return images[..., margin : margin + size, margin : margin + size]
 
 
 def _show(images: Tensor, appearance: Appearance) -> Tensor:
-    """Black outside the disc of the mask."""
+    """Blackens pixels outside the disc."""
     if appearance.mask_radius is None:
         return images
     offset = torch.arange(images.shape[-1], device=images.device) - (images.shape[-1] - 1) / 2
