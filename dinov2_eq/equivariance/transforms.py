@@ -65,7 +65,7 @@ class Transform(ABC):
         return self.low.to(uniform) + (self.high - self.low).to(uniform) * uniform
 
     def scaled(self, theta: Tensor, fraction: float) -> Tensor:
-        """Multiplies every parameter by `fraction`, as in the paper; for SE(2) this is no power of the group element."""
+        """Scales each parameter by `fraction`, as in the paper; for SE(2) that is no power of the group element."""
         return theta * fraction
 
     def canvas_size(self, size: tuple[int, int]) -> tuple[int, int]:
