@@ -136,8 +136,7 @@ def count(name: str) -> dict[str, Any]:
         if "reconstruction" in arch.objectives:
             leaf = tokens._replace(patches=tokens.patches.detach().requires_grad_())
             detached = student._replace(tokens={GLOBAL: leaf})
-            none = torch.empty(0)
-            views = ViewBatch(groups, none, none, targets=global_crops[:0], path_rows=none)
+            views = ViewBatch(groups, torch.empty(0), torch.empty(0), global_crops[:0], torch.empty(0))
             scene = Scene(views, detached, teacher=None, teacher_temp=1.0)
             decoders = forward_and_backward(lambda: arch.objectives["reconstruction"].reconstruct(scene))
     parts = {
