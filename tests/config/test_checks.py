@@ -98,6 +98,9 @@ def test_a_resnet_has_no_masks_and_takes_any_size():
     load_config(None, [*plain, "ibot.loss_weight=0", "crops.global_crops_size=33"])
     with pytest.raises(ValueError, match=r"crops.global_crops_size=48 is not made of whole patches of 32 pixels"):
         load_config(None, ["student.arch=resnet18", "ibot.loss_weight=0", "crops.global_crops_size=48"])
+    third = ["equivariance.view=third", "equivariance.third_view_size=local", "crops.local_crops_size=48"]
+    with pytest.raises(ValueError, match=r"crops.local_crops_size=48 is not made of whole patches .* nearest is 64"):
+        load_config(None, ["student.arch=resnet18", "ibot.loss_weight=0", *third])
 
 
 def test_two_objectives_cannot_need_different_masks():
