@@ -1,4 +1,4 @@
-"""Checks beyond types. All problems of a config are reported together, each with key, value and remedy."""
+"""Checks of the config that types cannot express; reports all violations, each with key, value and fix."""
 
 import math
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def check(config: Config) -> None:
 
 
 def objective_context(config: Config) -> Context:
-    """Returns the values of other sections that objectives may depend on."""
+    """Returns the settings of other sections that objectives may depend on."""
     crops, patch_size = config.crops, max(BACKBONES[config.student.arch].patch_size(config.student), 1)
     side = math.ceil(crops.global_crops_size / patch_size)
     batch = config.train.batch_size_per_gpu
@@ -82,7 +82,7 @@ def _objectives(config: Config, kind: BackboneKind) -> Iterator[str]:
         yield from section.problems(name, context)
     weights = [weight for section in sections.values() for weight in section.weights().values()]
     if not any(weight > 0 for weight in weights):
-        yield "every loss_weight is 0, so there is nothing to learn; give one that is positive: dino.loss_weight=1"
+        yield "every loss_weight is 0, so there is nothing to learn; set one above 0, for example dino.loss_weight=1"
     try:
         config.needs()
     except ValueError as error:
@@ -90,7 +90,7 @@ def _objectives(config: Config, kind: BackboneKind) -> Iterator[str]:
     for name, section in sections.items():
         if not kind.masks_patches and section.needs().masks:
             yield (
-                f"{name} hides patches from the student, which student.arch={config.student.arch} cannot do; set "
+                f"{name} masks patches, which student.arch={config.student.arch} does not support; set "
                 f"{name}.loss_weight=0, or choose a vision transformer"
             )
 

@@ -1,6 +1,6 @@
-"""Accepts DINOv2's training configs unchanged, by translating the keys that only DINOv2 has.
+"""Translates training configs of DINOv2: replaces the keys that only DINOv2 has with their equivalents here.
 
-A source of settings is a name and its keys with their values, {"optim.epochs": 100, ...}; later sources win.
+A source is a name and its settings, {"optim.epochs": 100, ...}; later sources override earlier ones.
 """
 
 import re
@@ -17,7 +17,7 @@ EPOCHS = {
 }
 STEPS = {ours for ours, _ in EPOCHS.values()}
 EVAL_PERIOD, WEIGHTS = "evaluation.eval_period_iterations", "MODEL.WEIGHTS"
-ARCH, MEMORY_EFFICIENT = "student.arch", "_memeff"  # an ending that DINOv2 ignores too
+ARCH, MEMORY_EFFICIENT = "student.arch", "_memeff"  # a suffix that DINOv2 ignores too
 
 PARTS = [
     f"compute_precision.{network}.{part}"
@@ -25,13 +25,13 @@ PARTS = [
     for part in ("backbone", "dino_head", "ibot_head")
 ]
 STRATEGIES = {"NO_SHARD": "ddp", "SHARD_GRAD_OP": "grad_op", "FULL_SHARD": "full", "HYBRID_SHARD": "hybrid"}
-# Settings of each part: the key here for all parts, what the values mean (None: nothing), and DINOv2's default.
+# Settings of each part: the key here for all parts, the values here (None: no equivalent), and DINOv2's default.
 OF_PARTS = {
     "sharding_strategy": ("fsdp.strategy", STRATEGIES, "SHARD_GRAD_OP"),
     "mixed_precision.param_dtype": ("compute_precision.dtype", {"fp16": None, "bf16": "bf16", "fp32": "fp32"}, "fp16"),
 }
-DEFAULTS = {"student.ffn_layer": "mlp", "train.dataset_path": "ImageNet:split=TRAIN"}  # where they are not the schema's
-LARGEST = 10**12  # of a length
+DEFAULTS = {"student.ffn_layer": "mlp", "train.dataset_path": "ImageNet:split=TRAIN"}  # that differ from the schema's
+LARGEST = 10**12  # for lengths
 NO_MEANING = {
     "compute_precision.grad_scaler": "bfloat16 needs no loss scaling",
     **{f"{part}.mixed_precision.reduce_dtype": "gradients are summed in float32" for part in PARTS},
@@ -55,31 +55,31 @@ Source = tuple[str, dict[str, Any]]
 
 
 class Reading(NamedTuple):
-    """The settings of this project that DINOv2's keys stand for."""
+    """One setting of DINOv2 and its equivalent here."""
 
-    place: int  # the source that they take effect in
-    words: str  # what was given
+    place: int  # index of the source that it takes effect in
+    words: str  # the setting as given, for messages
     key: str
     value: Any
 
 
 class Translation(NamedTuple):
-    sources: list[Source]  # without a key that only DINOv2 has
-    reading: list[str]  # a sentence about what keys mean, where there are any
+    sources: list[Source]  # without the keys that only DINOv2 has
+    reading: list[str]  # a sentence on the equivalents, or none
     remarks: list[str]  # other sentences for the user
 
 
 def translate(sources: Sequence[Source]) -> Translation:
-    """Translates the keys that only DINOv2 has.
+    """Replaces the keys that only DINOv2 has with their equivalents here.
 
-    A file that has such a key is DINOv2's: where no source says otherwise, DINOv2's defaults hold, and its plain method
-    is meant unless some source has a key of "equivariance".
+    A file with such a key counts as DINOv2's. Then DINOv2's defaults apply to keys that no source sets, and
+    equivariance.enabled is false unless some source sets a key of "equivariance".
 
     Args:
         sources: the files, and the command line as the last one.
 
     Raises:
-        ValueError: a value that means nothing, or a key of DINOv2's beside its translation in one source.
+        ValueError: a value is invalid, or one source sets both a key of DINOv2 and its equivalent.
     """
     sources = [("DINOv2's defaults", {}), *sources]
     last = {key: place for place, (_, values) in enumerate(sources) for key in values}
@@ -96,10 +96,10 @@ def translate(sources: Sequence[Source]) -> Translation:
 def _meanings(
     sources: Sequence[Source], last: Mapping[str, int], epoch_length: float
 ) -> tuple[list[Reading], dict[str, str]]:
-    """Translates keys; for a value that has no translation it also returns the reason.
+    """Returns the equivalents of the keys, and the reason for each setting that has none.
 
     Args:
-        last: the place of the last source that has a key.
+        last: index of the last source that sets each key.
     """
     readings = [
         *(_default_lengths(epoch_length, last) if EPOCH_LENGTH in last else []),
@@ -111,7 +111,7 @@ def _meanings(
 
 
 def _replace_keys(sources: Sequence[Source], readings: Sequence[Reading]) -> list[Source]:
-    """Returns the sources with DINOv2's keys replaced by ours; raises ValueError if a source has both."""
+    """Returns the sources with DINOv2's keys replaced; raises ValueError if one sets a key and its equivalent."""
     translated = [(source, {key: values[key] for key in values if key not in KEYS}) for source, values in sources]
     for _, values in translated:
         if _is_memory_efficient(values):
@@ -119,13 +119,13 @@ def _replace_keys(sources: Sequence[Source], readings: Sequence[Reading]) -> lis
     for place, words, key, value in readings:
         source, values = translated[place]
         if values.get(key) not in (None, ""):
-            raise ValueError(f"{source}: {words} and {key}={values[key]} set the same; leave one of them out")
+            raise ValueError(f"{source}: {words} and {key}={values[key]} set the same thing; remove one of them")
         values[key] = value
     return translated
 
 
 def _in_words(in_effect: Sequence[Reading], epoch_length: float) -> list[str]:
-    """Describes the translated keys; returns nothing if there are none."""
+    """Returns [a sentence on how DINOv2's settings were read], or []."""
     words = [f"{each.words} is {each.key}={each.value}" for each in in_effect]
     if _has_lengths(in_effect):
         words.insert(0, f"an epoch is {epoch_length} steps")
@@ -137,7 +137,7 @@ def _has_lengths(in_effect: Sequence[Reading]) -> bool:
 
 
 def _without_effect(sources: Sequence[Source], last: Mapping[str, int], in_effect: Sequence[Reading]) -> dict[str, str]:
-    """Returns the keys that are ignored whatever their value, with the reason."""
+    """Returns the settings that have no effect whatever their value, each with the reason."""
     left_out = {_short(key): reason for key, reason in NO_MEANING.items() if key in last}
     for _, values in sources:
         if _is_memory_efficient(values):
@@ -148,15 +148,15 @@ def _without_effect(sources: Sequence[Source], last: Mapping[str, int], in_effec
 
 
 def _defaults_of_files(sources: Sequence[Source], last: Mapping[str, int]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the defaults for a file in DINOv2's format, and a notice if they switch the task off."""
+    """Returns the defaults that apply if a file is DINOv2's, and a sentence if they switch the equivariance off."""
     files = [source for source, values in sources[:-1] if values.keys() & KEYS]
     if not files:
         return {}, []
     if any(key.startswith("equivariance.") for key in last):
         return DEFAULTS, []
     sentence = (
-        f"{' and '.join(files)}: a config of DINOv2 means its plain method, so equivariance.enabled=false; "
-        "give equivariance.enabled=true to add the reconstruction task"
+        f"{' and '.join(files)}: a config of DINOv2, so equivariance.enabled=false (the plain method); "
+        "set equivariance.enabled=true to add the reconstruction task"
     )
     return DEFAULTS | {"equivariance.enabled": False}, [sentence]
 
@@ -183,7 +183,7 @@ def _weights(sources: Sequence[Source], last: Mapping[str, int]) -> Iterator[Rea
 
 
 def _of_parts(sources: Sequence[Source], last: Mapping[str, int]) -> tuple[list[Reading], dict[str, str]]:
-    """Translates the settings that DINOv2 repeats for each module; returns the same as `_meanings`."""
+    """Translates the settings that DINOv2 has for each part; returns the same as `_meanings`."""
     readings, untranslated = [], {}
     for setting, (ours, meanings, default) in OF_PARTS.items():
         keys = [f"{part}.{setting}" for part in PARTS]
@@ -196,7 +196,7 @@ def _of_parts(sources: Sequence[Source], last: Mapping[str, int]) -> tuple[list[
         values = sorted({found.get(key, default) for key in keys})
         words = f"{_short(keys[0])}={' and '.join(values)}"
         if len(values) > 1:
-            untranslated[words] = f"{ours} is one for all parts"
+            untranslated[words] = f"{ours} applies to all parts"
         elif meanings[values[0]] is None:
             untranslated[words] = f"no {values[0]} here, see {ours}"
         else:
@@ -209,14 +209,14 @@ def _is_memory_efficient(values: Mapping[str, Any]) -> bool:
 
 
 def _by_reason(left_out: Mapping[str, str]) -> list[str]:
-    """Formats ignored keys as "key, other key (reason); ..."; returns nothing if there are none."""
+    """Returns [a sentence with "key, other key (reason); ..."], or []."""
     keys = {why: ", ".join(key for key in left_out if left_out[key] == why) for why in left_out.values()}
     words = "; ".join(f"{those} ({why})" for why, those in keys.items())
-    return [f"DINOv2's settings that mean nothing here are left out: {words}"] if words else []
+    return [f"DINOv2's settings that have no effect here: {words}"] if words else []
 
 
 def _short(key: str) -> str:
-    """Translates the setting of one module to that of all modules."""
+    """Replaces network and part in a key by *: "compute_precision.*.*.sharding_strategy"."""
     return re.sub(r"^compute_precision\.\w+\.\w+\.", "compute_precision.*.*.", key)
 
 

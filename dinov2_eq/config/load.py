@@ -1,6 +1,6 @@
-"""Loads a config: defaults, then a YAML file, then `key=value` overrides. Unknown keys are errors.
+"""Loads a config: schema defaults < YAML file < `key=value` overrides. A key that the schema lacks is an error.
 
-Files and command lines of DINOv2 are read as they are; see `config.dinov2`.
+Files and overrides written for DINOv2 work unchanged; see `config.dinov2`.
 """
 
 import difflib
@@ -21,8 +21,8 @@ from dinov2_eq.config.schema import Config, default_config
 from dinov2_eq.config.yaml_files import dump_yaml, parse_override, read_yaml
 
 COMMAND_LINE = "command line"
-SIMILAR = 0.7  # of two keys, and of their words
-# Units by the last word of a key, named when the suggested key has another unit.
+SIMILAR = 0.7  # least difflib ratio of two keys, and of their words, for a suggestion
+# Units by the last word of a key, for suggestions of a key with another unit.
 UNITS = {
     "steps": f"which counts optimizer steps (an epoch of DINOv2 has {EPOCH_STEPS})",
     "epochs": f"which counts epochs of {EPOCH_LENGTH} steps, by default {EPOCH_STEPS}",
@@ -33,7 +33,7 @@ UNITS = {
 
 logger = logging.getLogger(__name__)
 
-Keys = tuple[Any, ...]  # of a value, from the section down
+Keys = tuple[Any, ...]  # the path to a value, from the section down
 
 
 def load_config(
@@ -44,12 +44,12 @@ def load_config(
     Args:
         config_file: path of a YAML file, name of a packaged recipe such as `debug`, or None for the defaults.
         overrides: `section.key=value`, YAML syntax on the right.
-        tell: takes each sentence about what became of settings that only DINOv2 has.
+        tell: called with each sentence on how settings that only DINOv2 has were read.
 
     Raises:
-        OSError: no such file or recipe, or one that cannot be read.
-        ValueError: no YAML, unknown keys, a wrong type or a combination that cannot run; the message names file, key,
-            value and fix.
+        OSError: the file or recipe does not exist or cannot be read.
+        ValueError: invalid YAML, unknown keys, a wrong type or a combination that cannot run; the message names file,
+            key, value and fix.
     """
     found = _read_with_bases(find_recipe(config_file)) if config_file else []
     typed: dict[Keys, Any] = {}
@@ -68,12 +68,12 @@ def load_config(
 
 
 def find_recipe(name: str, folder: Path = Path(), flag: str = "--config-file") -> Path:
-    """Returns the path of a YAML file or of a packaged recipe.
+    """Finds a YAML file by its path or recipe name.
 
     Args:
-        name: its path, or the name of a packaged recipe.
-        folder: what a relative path starts from.
-        flag: where the name was given, for a message.
+        name: path, or name of a packaged recipe.
+        folder: base of a relative path.
+        flag: where the name was given, for the error message.
 
     Raises:
         FileNotFoundError: neither a file nor a recipe.
@@ -92,7 +92,7 @@ def find_recipe(name: str, folder: Path = Path(), flag: str = "--config-file") -
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Converts a config to plain nested dictionaries, for YAML, JSON or a checkpoint."""
+    """Converts a config to plain nested dicts, for YAML, JSON or a checkpoint."""
     return asdict(config)
 
 
@@ -101,10 +101,10 @@ def to_yaml(config: Config) -> str:
 
 
 def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[Keys, Any]]]:
-    """Returns the file, preceded by the chain of files or recipes that the key `base` names."""
+    """Reads a file and, before it, the chain of files or recipes that their key `base` names, relative to each file."""
     chain = (*above, path)
     if path.resolve() in [other.resolve() for other in above]:
-        raise ValueError(f"{above[0]}: base leads in a circle: {' -> '.join(map(str, chain))}; cut it")
+        raise ValueError(f"{above[0]}: base is circular: {' -> '.join(map(str, chain))}; remove one of them")
     values = read_yaml(path)
     bases = []
     if "base" in values:
@@ -116,7 +116,7 @@ def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str
 
 
 def _leaves(values: Any, above: Keys = ()) -> dict[Keys, Any]:
-    """Flattens nested tables to {("train", "seed"): 0, ...}; an empty table counts as a value."""
+    """Flattens nested tables to {("train", "seed"): 0, ...}; an empty table is a value."""
     if not isinstance(values, Mapping) or (not values and above):
         return {above: values}
     leaves: dict[Keys, Any] = {}
@@ -126,7 +126,7 @@ def _leaves(values: Any, above: Keys = ()) -> dict[Keys, Any]:
 
 
 def _checked(sources: Sequence[tuple[str, Mapping[Keys, Any]]], schema: Any) -> list[Source]:
-    """Flattens the keys of the sources to "section.key"; raises ValueError that lists all unknown keys."""
+    """Joins the keys of all sources to "section.key"; raises ValueError that lists every unknown key."""
     known = [*(".".join(keys) for keys in _leaves(OmegaConf.to_container(schema))), *sorted(KEYS)]
     mistakes = [mistake for source, values in sources for mistake in _mistakes(source, values, known)]
     if mistakes:
@@ -150,7 +150,7 @@ def _mistakes(source: str, values: Mapping[Keys, Any], known: Sequence[str]) -> 
 
 
 def _hint(name: str, known: Sequence[str]) -> str:
-    """Suggests the key that was probably meant, and names its unit if only the unit differs."""
+    """Suggests a key whose words all resemble those of `name`, or differ only in the unit, which is then named."""
     for key in difflib.get_close_matches(name, known, n=3, cutoff=SIMILAR):
         words, theirs = re.split(r"[._]", name), re.split(r"[._]", key)
         strange = [word for word in words if not difflib.get_close_matches(word, theirs, n=1, cutoff=SIMILAR)]
@@ -162,7 +162,7 @@ def _hint(name: str, known: Sequence[str]) -> str:
 
 
 def _merge(config: Any, sources: Sequence[Source]) -> Config:
-    """Raises ValueError for a value of another type than its key has, or for a `${...}` that cannot be resolved."""
+    """Applies the sources in order; raises ValueError for a value of the wrong type or an unknown `${...}`."""
     origin = {}
     for source, values in sources:
         for key, value in values.items():
@@ -180,4 +180,4 @@ def _merge(config: Any, sources: Sequence[Source]) -> Config:
 
 
 def _reason(error: OmegaConfBaseException) -> str:
-    return str(error).partition("\n")[0]  # the rest is about OmegaConf
+    return str(error).partition("\n")[0]  # the other lines are OmegaConf internals

@@ -1,4 +1,4 @@
-"""All sections of a training config: those of `dinov2_eq.settings` and one for each entry of `OBJECTIVES`."""
+"""The sections of a training config: those of `dinov2_eq.settings` and one for each entry of `OBJECTIVES`."""
 
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
@@ -44,7 +44,7 @@ class Config:
 
 
 def default_config() -> Config:
-    """Returns every section with its defaults."""
+    """Returns a config with the defaults of every section."""
     return _config_type(tuple(OBJECTIVES.items()))()
 
 

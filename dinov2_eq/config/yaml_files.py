@@ -1,7 +1,7 @@
 """Reads and writes YAML.
 
-Strings may stand for bytes that are not UTF-8, as names of old files do: Python has them as lone surrogates, for which
-YAML has no character. They are written as YAML's `!!binary`, which any reader of YAML takes.
+A string may hold bytes that are not UTF-8, such as an old file name. Python represents them as lone surrogates, which
+YAML does not allow; they are written as `!!binary`, which any YAML reader accepts.
 """
 
 import io
@@ -15,18 +15,18 @@ from yaml import MarkedYAMLError
 
 from dinov2_eq.files import read_bytes
 
-ONE_CHARACTER_PER_BYTE = "cp437"  # all of them printable from 0x80 on; below it is ASCII
+ONE_CHARACTER_PER_BYTE = "cp437"  # ASCII below 0x80; printable, and so valid in YAML, from there on
 
 
 def read_yaml(path: Path, *, resolve: bool = False) -> dict[Any, Any]:
-    """Reads a YAML file into plain dictionaries and lists.
+    """Reads the table in a YAML file as plain dictionaries and lists.
 
     Args:
-        resolve: replaces each `${...}` by what it names in this file; otherwise they stay as they are.
+        resolve: replace each `${...}` by the value it refers to in this file.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not YAML, or holds something else than a table with at least one key; names the file.
+        ValueError: the file is not YAML, or not a table with at least one key; the message names the file.
     """
     raw = read_bytes(path)
     try:
@@ -39,10 +39,10 @@ def read_yaml(path: Path, *, resolve: bool = False) -> dict[Any, Any]:
     content: Any = None
     try:
         content = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=resolve)
-    except OSError:  # OmegaConf's answer to a number alone
+    except OSError:  # raised by OmegaConf if the file holds only a number
         pass
     except OmegaConfBaseException as error:
-        reason = str(error).partition("\n")[0]  # the rest is about OmegaConf
+        reason = str(error).partition("\n")[0]  # the other lines are OmegaConf internals
         raise ValueError(f"{path} cannot be used: {reason}") from None
     except Exception as error:  # YAML's own, and what its constructors make of values such as !!int ""
         raise ValueError(f"{path} is not valid YAML: {_reason(error, text)}") from None
@@ -55,7 +55,7 @@ def read_yaml(path: Path, *, resolve: bool = False) -> dict[Any, Any]:
 
 
 def parse_override(override: str) -> dict[Any, Any]:
-    """Parses `section.key=value` from the command line into a table; the value is YAML.
+    """Parses `section.key=value` from a command line into a table; the value is YAML.
 
     Raises:
         ValueError: there is no "=", or what follows is not YAML.
@@ -80,14 +80,14 @@ def parse_override(override: str) -> dict[Any, Any]:
 
 
 def dump_yaml(content: Mapping[str, Any]) -> str:
-    """Formats `content` as YAML that `read_yaml` can read back."""
+    """Returns YAML text that `read_yaml` reads back as `content`."""
     return OmegaConf.to_yaml(
         _map_leaves(content, lambda leaf: leaf if not isinstance(leaf, str) or _is_unicode(leaf) else _to_bytes(leaf))
     )
 
 
 def _reason(error: Exception, text: str) -> str:
-    """Describes a YAML error and its line."""
+    """Says what is wrong with the YAML, and in which line."""
     if isinstance(error, MarkedYAMLError) and error.problem and error.problem_mark:
         number = error.problem_mark.line
         line = next(iter(text.splitlines()[number:]), "")

@@ -93,7 +93,7 @@ def test_no_number_may_be_nan_or_infinite(wrong):
 
 def test_a_resnet_has_no_masks_and_takes_any_size():
     plain = ["student.arch=resnet18", "equivariance.enabled=false"]
-    with pytest.raises(ValueError, match=r"ibot hides patches .* student.arch=resnet18 cannot do"):
+    with pytest.raises(ValueError, match=r"ibot masks patches, .* student.arch=resnet18 does not support"):
         load_config(None, plain)
     load_config(None, [*plain, "ibot.loss_weight=0", "crops.global_crops_size=33"])
     with pytest.raises(ValueError, match=r"crops.global_crops_size=48 is not made of whole patches of 32 pixels"):

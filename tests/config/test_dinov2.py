@@ -321,7 +321,7 @@ def test_sharding_that_differs_from_part_to_part(read):
     mixed = parts("sharding_strategy", "FULL_SHARD", "NO_SHARD")
     found = read({"fsdp": {"strategy": "hybrid"}}, *mixed)
     assert found.config.fsdp.strategy == "hybrid"
-    assert "sharding_strategy=FULL_SHARD and NO_SHARD (fsdp.strategy is one for all parts)" in found.notes[0]
+    assert "sharding_strategy=FULL_SHARD and NO_SHARD (fsdp.strategy applies to all parts)" in found.notes[0]
     # A part that is not named has DINOv2's default.
     found = read(None, "compute_precision.student.backbone.sharding_strategy=FULL_SHARD")
     assert "FULL_SHARD and SHARD_GRAD_OP" in found.notes[0]
@@ -336,7 +336,7 @@ def test_precision(read):
     assert "param_dtype=fp16 (no fp16 here, see compute_precision.dtype)" in found.notes[0]
     found = read(None, *parts("mixed_precision.param_dtype", "bf16", "fp16"))
     assert found.config.compute_precision.dtype == "auto"
-    assert "param_dtype=bf16 and fp16 (compute_precision.dtype is one for all parts)" in found.notes[0]
+    assert "param_dtype=bf16 and fp16 (compute_precision.dtype applies to all parts)" in found.notes[0]
 
 
 def test_weights_to_start_from(read):
