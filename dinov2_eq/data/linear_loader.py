@@ -19,9 +19,9 @@ FLIP_PROBABILITY = 0.5
 
 
 class RandomCrops(Dataset[tuple[Tensor, int]]):
-    """Random resized crops [3, S, S] uint8, flipped half the time, with labels.
+    """Dataset of random resized crops [3, S, S] uint8, flipped half the time, with labels.
 
-    A crop depends on (seed, position of the stream) and its image only.
+    A crop depends only on (seed, position in the stream) and its image.
     """
 
     def __init__(self, dataset: ImageDataset, indices: np.ndarray, labels: Tensor, image_size: int, seed: int) -> None:
@@ -54,13 +54,13 @@ def make_linear_loader(
     start_position: int = 0,
     num_workers: int = 0,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Builds an endless loader of (images [B, 3, S, S] uint8, labels [B] int64) for one process.
+    """Makes an endless loader of (images [B, 3, S, S] uint8, labels [B] int64) for one process.
 
-    The batches of all processes together do not depend on their number, nor on `num_workers`, and a loader that starts
-    at `start_position` goes on as if it had never stopped.
+    The batches of all processes together do not depend on their number or on `num_workers`, and a loader that starts at
+    `start_position` continues the stream exactly.
 
     Args:
-        indices: [N] of the images of `dataset` that are used, ascending.
+        indices: [N], images of `dataset` to use, ascending.
         labels: [N] int64.
         batch_size: images of one process.
         start_position: number of samples that all processes together have seen already.
@@ -81,7 +81,7 @@ def make_linear_loader(
 def make_whole_image_loader(
     dataset: ImageDataset, indices: Sequence[int], image_size: int, batch_size: int, num_workers: int = 0
 ) -> DataLoader[Tensor]:
-    """Makes a loader like `make_eval_loader`, in uint8 and with the short side resized to S, as in DINOv2's logreg."""
+    """Makes a loader like `make_eval_loader`, but uint8 and with the short side resized to S, as in DINOv2's logreg."""
     return Loader(
         Subset(EvaluationSamples(dataset, image_size, short_side=image_size), [int(index) for index in indices]),
         batch_size=batch_size,

@@ -1,4 +1,4 @@
-"""Data loaders for training (an endless stream of views) and for evaluation (images, in order)."""
+"""Data loaders for training (an endless stream of views) and evaluation (images in order)."""
 
 from collections.abc import Sequence
 
@@ -19,12 +19,12 @@ from dinov2_eq.data.seeding import Stream, numpy_generator, torch_generator
 from dinov2_eq.data.workers import Loader
 from dinov2_eq.types import CollatedBatch, PathViews, Sample
 
-SMALL_IMAGE_SIZE = 64  # up to here, evaluation shows the whole short side
+SMALL_IMAGE_SIZE = 64  # pixels; up to this size, evaluation crops nothing off the short side
 RESIZE_FACTOR = 256 / 224
 
 
 class TrainingSamples(Dataset[Sample]):
-    """Reads and crops; a sample depends on (seed, position) and its image only, not on the worker."""
+    """Dataset that reads and crops; a sample depends only on (seed, position) and its image, not on the worker."""
 
     def __init__(self, dataset: ImageDataset, multi_crop: MultiCrop, seed: int) -> None:
         self.dataset = dataset
@@ -52,11 +52,11 @@ def make_train_loader(
     num_workers: int = 0,
     path: PathViews | None = None,
 ) -> DataLoader[CollatedBatch]:
-    """An endless loader of `CollatedBatch` for one process.
+    """Makes an endless loader of `CollatedBatch` for one process.
 
-    What a position of the stream holds depends on the seed and on `global_batch_size` (masks) only: the batches of all
-    processes, put together, are the same for any `world_size`, `num_workers` and split into microbatches, and a loader
-    that starts at `start_position` goes on as if it had never stopped.
+    The sample at a position of the stream depends only on the seed and on `global_batch_size` (masks). The batches of
+    all processes together are therefore the same for any `world_size`, `num_workers` and split into microbatches, and
+    a loader that starts at `start_position` continues the stream exactly.
 
     Args:
         batch_size: images of one process in one microbatch.
@@ -85,13 +85,13 @@ def make_train_loader(
 
 
 def to_device(batch: CollatedBatch, device: torch.device) -> CollatedBatch:
-    """Moves all tensors but the photometric parameters: `apply_photometric` wants those on the CPU."""
+    """Moves a batch to `device`, except the photometric parameters, which `apply_photometric` needs on the CPU."""
     tensors = {name: value for name, value in batch._asdict().items() if isinstance(value, Tensor)}
     return batch._replace(**{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
 
 def resize_and_crop(short_side: int, size: int) -> transforms.Compose:
-    """Returns what resizes an image's short side (bicubic) and crops the centre: [3, size, size] uint8."""
+    """Returns a transform that resizes the short side (bicubic) and crops the centre to [3, size, size] uint8."""
     bicubic = transforms.InterpolationMode.BICUBIC
     return transforms.Compose(
         [transforms.Resize(short_side, bicubic), transforms.CenterCrop(size), transforms.PILToTensor()]
@@ -99,7 +99,7 @@ def resize_and_crop(short_side: int, size: int) -> transforms.Compose:
 
 
 def read_to_evaluate(dataset: ImageDataset, index: int) -> Image.Image:
-    """Reads an image; raises DataError where it cannot be read, as an evaluation leaves none out."""
+    """Reads an image; raises DataError if that fails, since an evaluation must not skip images."""
     try:
         return dataset.read(index)
     except UnreadableImage as error:
@@ -107,10 +107,10 @@ def read_to_evaluate(dataset: ImageDataset, index: int) -> Image.Image:
 
 
 class EvaluationSamples(Dataset[Tensor]):
-    """Images [3, S, S] uint8, S = `image_size`.
+    """Dataset of images [3, S, S] uint8, S = `image_size`.
 
     Args:
-        short_side: pixels before the crop; None: those that `make_eval_loader` says.
+        short_side: length in pixels before the crop; None: as in `make_eval_loader`.
     """
 
     def __init__(self, dataset: ImageDataset, image_size: int, short_side: int | None = None) -> None:
@@ -129,7 +129,7 @@ class EvaluationSamples(Dataset[Tensor]):
 def make_eval_loader(
     dataset: ImageDataset, indices: Sequence[int], image_size: int, batch_size: int, num_workers: int = 0
 ) -> DataLoader[Tensor]:
-    """Batches of images [B, 3, S, S] float in [0, 1], not normalised, in order.
+    """Makes a loader of images [B, 3, S, S] float in [0, 1], not normalised, in the order of `indices`.
 
     The short side is resized to 256/224 of `image_size` = S (bicubic), then the centre is cropped, as DINOv2 does; up
     to S = 64 the short side is resized to S.
@@ -150,6 +150,6 @@ def _collate_evaluation(images: Sequence[Tensor]) -> Tensor:
 
 
 def fixed_subset(num_images: int, max_images: int, seed: int = 0) -> np.ndarray:
-    """Indices [min(num_images, max_images)] int64: the first so many of a fixed shuffle, sorted."""
+    """Returns indices [min(num_images, max_images)] int64: the first ones of a fixed shuffle, sorted."""
     order = numpy_generator(Stream.SUBSET, seed).permutation(num_images)
     return np.sort(order[:max_images])

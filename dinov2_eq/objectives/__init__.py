@@ -1,4 +1,4 @@
-"""The methods: one file and one line each. The key is the section of the config."""
+"""Table of the methods: one file and one line each. The key is the name of the config section."""
 
 from dinov2_eq.objectives.base import ObjectiveSettings
 from dinov2_eq.objectives.dino import DinoConfig

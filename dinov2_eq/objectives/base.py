@@ -1,7 +1,7 @@
-"""The interface of loss terms, on which every method is built.
+"""Base classes of the loss terms (objectives) and of their settings.
 
-An objective owns its settings, its loss and the modules that nothing else uses. It says what it *needs*; data, networks
-and schedules supply exactly that, and nothing runs that no objective needs.
+An objective owns its settings, its loss and the modules that only it uses. It declares what it needs; data, networks
+and schedules provide exactly that.
 """
 
 from abc import ABC, abstractmethod
@@ -19,27 +19,27 @@ from dinov2_eq.types import PathViews, Scene, Term
 class MaskNeed:
     """Patches that the student does not see; see `data.masking.BlockMasking`."""
 
-    ratio_min_max: tuple[float, float]  # share of the patches that a mask hides
+    ratio_min_max: tuple[float, float]  # range of the share of patches that a mask hides
     sample_probability: float  # share of the global views that get a mask
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective must find in its `Scene`; the defaults ask for the two global views alone."""
+    """What an objective needs in its `Scene`; by default, only the two global views."""
 
     teacher: bool = False
     heads: Mapping[str, str] = field(default_factory=dict)  # module name -> section whose `build_head` makes it
     local_crops: bool = False
     masks: MaskNeed | None = None
-    pairing: Callable[[], Pairing] | None = None  # makes what says where the second view comes from
-    split: tuple[int, int] | None = None  # channels of the invariant and of the equivariant half of the tokens
+    pairing: Callable[[], Pairing] | None = None  # builds the rule by which the second view is made
+    split: tuple[int, int] | None = None  # channels of the invariant and the equivariant part of a token
     targets: tuple[float, ...] = ()  # fractions of theta at which pixels are compared
-    shown: tuple[float, ...] = ()  # fractions of theta in pictures of the run, also of a control
+    shown: tuple[float, ...] = ()  # fractions of theta in pictures of the run, also of a control run
     path: PathViews | None = None  # views that the student encodes beside the global and local crops
 
 
 def union(needs: Mapping[str, Needs]) -> Needs:
-    """Joins what several objectives, by the name of their section, need.
+    """Joins the needs of several objectives, given by name of their section.
 
     Raises:
         ValueError: two of them need different things of one kind, such as two kinds of masks.
@@ -59,9 +59,9 @@ def union(needs: Mapping[str, Needs]) -> Needs:
 
 
 class Context(NamedTuple):
-    """Values from other sections of the config that an objective may depend on."""
+    """Values that an objective may depend on, from other sections of the config."""
 
-    sections: Mapping[str, "ObjectiveSettings"]  # all objectives', for one that shares another's head
+    sections: Mapping[str, "ObjectiveSettings"]  # of all objectives, since one may share the head of another
     crop_sizes: Mapping[str, int]  # side in pixels of a "global" and of a "local" crop
     patch_size: int  # pixels
     grid: tuple[int, int]  # patches of a global view
@@ -80,7 +80,7 @@ class Objective(nn.Module, ABC):
         """Returns the unweighted loss of a batch."""
 
     def end_step(self) -> None:
-        """Runs once after every optimizer step, regardless of gradient accumulation."""
+        """Runs once after every optimizer step, however many forwards that step accumulated."""
 
     def pictures(self, scene: Scene) -> dict[str, Any]:
         """Returns images to show, normalised [..., 3, H, W] by name, such as reconstructions."""
@@ -88,7 +88,7 @@ class Objective(nn.Module, ABC):
 
 
 class ObjectiveSettings(ABC):
-    """Base of a section of the config that belongs to a method: a dataclass of `setting`s, and what follows from them.
+    """Base of a method's config section: a dataclass of `setting`s, which also builds the objectives.
 
     A section has one loss, or several that share it (DINO and KoLeo in DINOv2's "dino").
     """
@@ -99,14 +99,14 @@ class ObjectiveSettings(ABC):
 
     @abstractmethod
     def needs(self) -> Needs:
-        """Returns what the active losses need, and what the section needs even if none is active."""
+        """Returns the needs of the losses with positive weight, and those the section has even without them."""
 
     @abstractmethod
     def build(self, loss: str, context: Context, dim: int) -> Objective:
-        """Returns the objective of one of the losses; `dim` channels are the invariant part of a token."""
+        """Builds the objective of one of the losses; `dim` is the number of invariant channels of a token."""
 
     def is_used(self) -> bool:
-        """Returns whether the section has any effect; values of an unused section are not checked."""
+        """Returns whether the section has any effect; if not, its values are not checked."""
         return True
 
     def problems(self, section: str, context: Context) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""DINO on class tokens: each view of the student predicts the teacher's output for the other global views.
+"""DINO on class tokens: each student view predicts the teacher's output for the other global views.
 
-Caron et al., arXiv 2104.14294. DINOv2 adds KoLeo in the same section of the config.
+Caron et al., arXiv 2104.14294. As in DINOv2, this section of the config also holds KoLeo.
 """
 
 from collections.abc import Iterator
@@ -41,11 +41,10 @@ class HeadConfig(ObjectiveSettings):
         )
 
     def prototype_caution(self, section: str) -> Iterator[str]:
-        """Yields a caution if the head has a single prototype."""
+        """Yields a warning if the head has a single prototype."""
         if self.head_n_prototypes == 1:
             yield (
-                f"{section}.head_n_prototypes=1: with one prototype every answer is right and the loss always 0. Use "
-                "many, for example 65536"
+                f"{section}.head_n_prototypes=1: with one prototype the loss is always 0. Use many, for example 65536"
             )
 
 
@@ -77,7 +76,7 @@ class DinoConfig(HeadConfig):
         if context.batch_size == 1 and self.koleo_loss_weight > 0:
             yield (
                 f"dino.koleo_loss_weight={self.koleo_loss_weight} has no effect with train.batch_size_per_gpu=1: "
-                "KoLeo compares the images of a batch. Enlarge it, or set the weight to 0"
+                "KoLeo compares the images of a batch. Increase the batch, or set the weight to 0"
             )
 
 
@@ -103,7 +102,7 @@ class Dino(Objective):
 
 
 def dino_loss(student_logits: Tensor, teacher_probs: Tensor, student_temp: float = 0.1) -> Tensor:
-    """Cross-entropy between each global crop of the teacher and each other crop of the student.
+    """Computes the cross-entropy between each global crop of the teacher and each other crop of the student.
 
     terms = []
     for g in range(G):
@@ -118,7 +117,7 @@ def dino_loss(student_logits: Tensor, teacher_probs: Tensor, student_temp: float
         teacher_probs: [G, B, P], each row sums to 1.
 
     Raises:
-        ValueError: a single crop on both sides, so that there is no pair.
+        ValueError: there is only one crop on each side, so no pair.
     """
     num_student, num_teacher, batch = len(student_logits), len(teacher_probs), student_logits.shape[1]
     num_pairs = num_student * num_teacher - min(num_student, num_teacher)

@@ -1,4 +1,4 @@
-"""iBOT: the student predicts the teacher's output for patches that are masked in its own input.
+"""iBOT: the student predicts the teacher's output for the patches that are masked from the student.
 
 Zhou et al., arXiv 2111.07832.
 """
@@ -17,7 +17,7 @@ from dinov2_eq.objectives.targets import build_targets
 from dinov2_eq.settings import LOW_HIGH, setting
 from dinov2_eq.types import GLOBAL, Scene, Term
 
-NUM_MASKS = 256  # drawn to see whether any patch is ever masked
+NUM_MASKS = 256  # trials to check whether any patch is ever masked
 
 
 @dataclass
@@ -66,12 +66,12 @@ class IbotConfig(HeadConfig):
         if not ever_masks(context.grid, self.mask_ratio_min_max, NUM_MASKS, context.seed):
             height, width = context.grid
             yield (
-                f"iBOT learns next to nothing: in {NUM_MASKS} trial masks no patch was masked, "
+                f"iBOT learns almost nothing: no patch was masked in {NUM_MASKS} trial masks with "
                 f"ibot.mask_ratio_min_max={self.mask_ratio_min_max} of the {height} x {width} patches of a global "
-                "crop. Raise it, take larger crops or smaller patches, or set ibot.loss_weight=0"
+                "crop. Raise it, use larger crops or smaller patches, or set ibot.loss_weight=0"
             )
         for owner in self.needs().heads.values():
-            if owner == section or context.sections[owner].loss_weight == 0:  # otherwise that section says it
+            if owner == section or context.sections[owner].loss_weight == 0:  # else that section warns
                 yield from context.sections[owner].prototype_caution(owner)
 
 
@@ -80,7 +80,7 @@ class Ibot(Objective):
 
     Args:
         targets: see `objectives.targets`.
-        head: "ibot_head", or "dino_head" where the two terms share one.
+        head: "ibot_head", or "dino_head" if the two terms share a head.
         center_patches: "masked" or "all", the patches whose logits move the centre.
     """
 
@@ -111,7 +111,7 @@ class Ibot(Objective):
 def ibot_loss(
     student_logits: Tensor, teacher_probs: Tensor, weights: Tensor, num_crops: int, student_temp: float = 0.1
 ) -> Tensor:
-    """Cross-entropy on each masked patch, averaged within its crop, then over all crops, masked or not.
+    """Computes the cross-entropy on each masked patch, averaged within its crop, then over all crops, masked or not.
 
     loss = 0
     for i in range(M):

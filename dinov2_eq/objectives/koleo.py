@@ -19,7 +19,7 @@ class KoLeo(Objective):
 
 
 def koleo_loss(features: Tensor) -> Tensor:
-    """Mean of -log of the distance to the nearest neighbour, on L2-normalised features, in fp32.
+    """Computes the mean of -log(distance to the nearest neighbour) of L2-normalised features, in float32.
 
     z = normalize(features)
     loss = 0

@@ -21,10 +21,10 @@ from dinov2_eq.types import GLOBAL, Scene, Term
 @dataclass
 class SimclrConfig(ObjectiveSettings):
     loss_weight: float = setting(0.0, "weight of the NT-Xent term; 0: not built", interval="[0, inf)")
-    temperature: float = setting(0.2, "cosines are divided by it", interval="(0, inf)")
+    temperature: float = setting(0.2, "divides the cosines before the softmax", interval="(0, inf)")
     pool: str = setting("cls", "what the projector sees: the class token, or the mean patch token", choices=POOLS)
     projector_hidden_dim: int = setting(2048, "width of the projector's two hidden layers", interval="[1, inf)")
-    projector_out_dim: int = setting(256, "channels that are compared", interval="[1, inf)")
+    projector_out_dim: int = setting(256, "width of the projector's output", interval="[1, inf)")
 
     def weights(self) -> dict[str, float]:
         return {"simclr": self.loss_weight}
@@ -38,7 +38,7 @@ class SimclrConfig(ObjectiveSettings):
     def cautions(self, section: str, context: Context) -> Iterator[str]:
         if self.loss_weight > 0 and context.batch_size == 1:
             yield (
-                "simclr: with train.batch_size_per_gpu=1 only other processes give negatives. Enlarge it; "
+                "simclr: with train.batch_size_per_gpu=1 only other processes give negatives. Increase it; "
                 "train.accumulation_steps does not help, as forwards do not see each other"
             )
 
@@ -59,7 +59,7 @@ class SimCLR(Objective):
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of each view's partner among all other views of all processes, in float32.
+    """Computes NT-Xent: cross-entropy of each view's partner among all other views of all processes, in float32.
 
     u = normalize(concatenate(first, second))                 # [2N, D], partner of i is i + N or i - N
     loss = 0

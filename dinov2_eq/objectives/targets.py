@@ -1,4 +1,4 @@
-"""Turns the teacher's logits into targets: centring (DINO) or Sinkhorn-Knopp (SwAV)."""
+"""Targets from the teacher's logits, by centring (DINO) or Sinkhorn-Knopp (SwAV)."""
 
 import torch
 import torch.nn.functional as F
@@ -6,17 +6,17 @@ from torch import Tensor, nn
 
 from dinov2_eq.distributed import all_reduce_sum, get_rank, get_world_size
 
-SMALLEST_MASS = 1e-30  # of a prototype nobody is near: small, and P times its inverse is still a float
+SMALLEST_MASS = 1e-30  # of a prototype far from all samples; P / SMALLEST_MASS still fits in float32
 
 
 @torch.no_grad()
 def centered_softmax(logits: Tensor, center: Tensor, temp: float) -> Tensor:
-    """Teacher targets by centring: softmax((logits - center) / temp) in fp32; logits [..., P], center [P]."""
+    """Computes targets by centring: softmax((logits - center) / temp) in float32; logits [..., P], center [P]."""
     return F.softmax((logits.float() - center.float()) / temp, dim=-1)
 
 
 def _max_over_processes(values: Tensor) -> Tensor:
-    """Returns the largest value over all processes as a scalar; -inf if there is none."""
+    """Returns the largest value of all processes, a scalar; -inf if no process has any."""
     largest = values.new_zeros(get_world_size())
     largest[get_rank()] = torch.cat([values.flatten(), values.new_tensor([-torch.inf])]).max()
     return all_reduce_sum(largest).max()
@@ -24,7 +24,7 @@ def _max_over_processes(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, temp: float, num_iterations: int = 3) -> Tensor:
-    """Teacher targets that share the prototypes evenly over the samples of all processes (SwAV, arXiv 2006.09882).
+    """Computes targets that use all prototypes evenly over the samples of all processes (SwAV, arXiv 2006.09882).
 
     Q = exp(logits / temp)                     # [n, P], rows of all processes
     for _ in range(num_iterations):
@@ -34,8 +34,8 @@ def sinkhorn_knopp(logits: Tensor, temp: float, num_iterations: int = 3) -> Tens
             Q[i] /= Q[i].sum()                 # every sample is a distribution
     return Q
 
-    Computed in fp32 and never overflows: each sample's largest entry is 1, and the factor this takes out, which matters
-    only to the first round, is kept apart. A process may have no sample at all, n = 0; the others must call it too.
+    Runs in float32 and never overflows: each sample is scaled to a largest entry of 1, and the factor, which matters
+    only in the first round, is kept separately. All processes must call it, even those without samples (n = 0).
 
     Args:
         logits: [n, P].
@@ -56,7 +56,7 @@ def sinkhorn_knopp(logits: Tensor, temp: float, num_iterations: int = 3) -> Tens
 class Centering(nn.Module):
     """softmax((logits - centre) / temperature); the centre is a moving average of the batch means.
 
-    A step's logits move the centre only when the step ends, over all its forwards and processes at once.
+    The centre moves in `end_step`, by the mean over all forwards and processes of the step.
     """
 
     def __init__(self, num_prototypes: int, momentum: float = 0.9) -> None:
@@ -70,7 +70,7 @@ class Centering(nn.Module):
         """Turns logits [..., P] into probabilities [..., P] in float32.
 
         Args:
-            seen: logits [..., P] that move the centre in place of `logits`.
+            seen: logits [..., P] that move the centre instead of `logits`.
         """
         rows = (logits if seen is None else seen).flatten(0, -2).float()
         self.step_sum += rows.sum(0)
@@ -80,7 +80,7 @@ class Centering(nn.Module):
     def end_step(self) -> None:
         total, count = all_reduce_sum(self.step_sum), all_reduce_sum(self.step_count)
         moved = self.center.lerp(total / count, 1 - self.momentum)
-        self.center.copy_(torch.where(count > 0, moved, self.center))  # a step may have no masked patch at all
+        self.center.copy_(torch.where(count > 0, moved, self.center))  # a step may have no masked patch
         self.step_sum.zero_()
         self.step_count.zero_()
 

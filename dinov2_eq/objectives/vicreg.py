@@ -1,7 +1,7 @@
 """VICReg: two views agree, every channel varies over the batch, and channels are uncorrelated.
 
-Bardes et al., arXiv 2105.04906, with the scaling of the authors' code, whose numbers are published: the squared error
-is averaged over channels, and the variance term is the mean of the two views, the covariance term their sum.
+Bardes et al., arXiv 2105.04906, scaled as in the authors' code, which gave their published results: the squared error
+is averaged over channels, the variance term over the two views, and the covariance term is summed over the views.
 """
 
 from collections.abc import Iterator
@@ -25,9 +25,11 @@ TARGET_STD = 1.0
 @dataclass
 class VicregConfig(ObjectiveSettings):
     loss_weight: float = setting(0.0, "weight of the VICReg term; 0: not built", interval="[0, inf)")
-    invariance_coefficient: float = setting(25.0, "of the squared error between views", interval="[0, inf)")
-    variance_coefficient: float = setting(25.0, "of the hinge on standard deviations below 1", interval="[0, inf)")
-    covariance_coefficient: float = setting(1.0, "of the squared covariances", interval="[0, inf)")
+    invariance_coefficient: float = setting(25.0, "weight of the squared error between views", interval="[0, inf)")
+    variance_coefficient: float = setting(
+        25.0, "weight of the hinge on standard deviations below 1", interval="[0, inf)"
+    )
+    covariance_coefficient: float = setting(1.0, "weight of the squared covariances", interval="[0, inf)")
     pool: str = setting("cls", "what the expander sees: the class token, or the mean patch token", choices=POOLS)
     expander_dim: int = setting(8192, "width of the expander's three layers", interval="[1, inf)")
 
@@ -43,7 +45,7 @@ class VicregConfig(ObjectiveSettings):
     def cautions(self, section: str, context: Context) -> Iterator[str]:
         if self.loss_weight > 0 and context.batch_size == 1:
             yield (
-                "vicreg: with train.batch_size_per_gpu=1 variances are those of one image of each process. Enlarge it; "
+                "vicreg: with train.batch_size_per_gpu=1 variances are over one image of each process. Increase it; "
                 "train.accumulation_steps does not help, as forwards do not see each other"
             )
 
@@ -84,7 +86,7 @@ def vicreg_terms(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]
     var and cov divide by N - 1.
 
     Args:
-        first, second: [B, D] of this process's images. The invariance term is the mean over these.
+        first, second: [B, D], the images of this process; the invariance term averages over these only.
     """
     with torch.autocast(first.device.type, enabled=False):
         first, second = first.float(), second.float()
