@@ -1,4 +1,4 @@
-"""The evaluations: one file and one line each. `dinov2-eq eval NAME`, `submit`, `eval all` and its tables read this."""
+"""Table of the evaluations: one file and one line each. Read by `dinov2-eq eval NAME`, `eval all` and `submit`."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The interface of an evaluation, and the steps that all evaluations share."""
+"""Base class of the evaluations, and what each of them does before and after it measures."""
 
 import argparse
 import time
@@ -23,22 +23,22 @@ from dinov2_eq.evaluation.results import publish, results_folder
 
 
 class Measured(NamedTuple):
-    """The outcome of an evaluation."""
+    """Result of an evaluation."""
 
     results: dict[str, Any]  # entries of the results file
-    protocol: dict[str, Any]  # how they came about, beside the flags and the machine
+    protocol: dict[str, Any]  # how they were obtained, besides flags and machine
     table: str  # for the terminal
 
 
 class Evaluation(ABC):
-    """One evaluation of one encoder, or of several; `run` calls the three steps in order, in every process.
+    """Evaluation of one or more encoders; `run` calls `open`, `load` and `measure` in this order, in every process.
 
     Args:
-        args: flags of the program, which `evaluation_parser` began.
+        args: flags of the program, from a parser made by `evaluation_parser`.
         device: where networks run.
     """
 
-    file_name: ClassVar[str]  # of the results
+    file_name: ClassVar[str]  # of the results file
     make_loader: Callable[..., Iterable[Tensor]] = staticmethod(make_eval_loader)  # images as the encoder sees them
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
@@ -53,7 +53,7 @@ class Evaluation(ABC):
         """Opens the data; raises ValueError or OSError if the data or the flags cannot be used."""
 
     def load(self) -> None:
-        """Loads what is evaluated, and raises ValueError where it does not fit the flags."""
+        """Loads what is evaluated; raises ValueError if it does not fit the flags."""
         self.encoder: Encoder = load_encoder(self.sources[0], self.args.config_file)
 
     @abstractmethod
@@ -61,20 +61,20 @@ class Evaluation(ABC):
         """Computes the numbers."""
 
     def extractor(self) -> FeatureExtractor:
-        """Returns what computes features of the encoder, with those that `--features-dir` already holds."""
+        """Returns a feature extractor for the encoder, which reuses the features in `--features-dir`."""
         store = FeatureStore(self.args.features_dir, self.encoder) if self.args.features_dir else None
         settings = extraction_settings(self.args)
         return FeatureExtractor(self.encoder, self.device, **settings, make_loader=self.make_loader, store=store)
 
     def published(self, results: dict[str, Any]) -> None:  # noqa: B027, few need it
-        """Runs after the results file was written, with its content."""
+        """Runs after the results file was written, with its contents."""
 
 
 def run(kind: type[Evaluation], args: argparse.Namespace) -> None:
-    """Evaluates, writes the results file and prints the table; a dry run ends before anything is measured.
+    """Evaluates, writes the results file and prints the table; a dry run stops before measuring.
 
     Raises:
-        ValueError, OSError: flags, data or weights that cannot be used.
+        ValueError, OSError: flags, data or weights cannot be used.
     """
     with evaluation_processes(args) as device:
         started = time.perf_counter()

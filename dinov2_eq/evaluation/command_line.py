@@ -1,4 +1,4 @@
-"""Flags, device, protocol record and result table that the evaluation programs share."""
+"""Shared parts of the evaluation programs: flags, device, record of the protocol, and table at the end."""
 
 import argparse
 import logging
@@ -19,7 +19,7 @@ from dinov2_eq.logging import describe_run, setup_logging
 
 logger = logging.getLogger(__name__)
 
-# Flags that name files, or say nothing about the numbers.
+# Flags that name files or do not affect the numbers.
 NOT_PROTOCOL = (
     *("encoder", "pretrained_weights", "output_dir", "dry_run", "features_dir"),
     *("classifier_fpath", "val_class_mapping_fpath", "test_class_mapping_fpaths"),
@@ -30,16 +30,16 @@ SILENCE_LIMIT_S = 900.0  # one process may compute alone for four times as long,
 def evaluation_parser(
     prog: str, description: str | None, batch_size: int, *, num_workers: int = 5, many_encoders: bool = False
 ) -> argparse.ArgumentParser:
-    """Builds a parser with the flags of every evaluation, named as in DINOv2; `encoder_of` reads those of the encoder.
+    """Returns a parser with the flags of every evaluation, named as in DINOv2; `encoder_of` reads the encoder's.
 
     Args:
         batch_size, num_workers: defaults.
-        many_encoders: `--encoder` takes several, and is a list.
+        many_encoders: `--encoder` takes a list.
     """
     parser = argparse.ArgumentParser(
         prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.set_defaults(encoder=None, pretrained_weights=None)  # before the flags, so that the help tells no default
+    parser.set_defaults(encoder=None, pretrained_weights=None)  # before the flags, so that the help shows no default
     encoder = parser.add_mutually_exclusive_group(required=True)
     encoder.add_argument(
         "--encoder",
@@ -53,11 +53,11 @@ def evaluation_parser(
         "--pretrained-weights",
         default=argparse.SUPPRESS,
         metavar="PATH",
-        help="the same by DINOv2's name: run folder, teacher checkpoint or weights file",
+        help="--encoder under DINOv2's name: run folder, teacher checkpoint or weights file",
     )
     parser.add_argument("--config-file", metavar="YAML", help="config of a checkpoint that carries none")
     parser.add_argument(
-        "--output-dir", type=Path, metavar="DIR", help="where the results go; None: the folder of the weights"
+        "--output-dir", type=Path, metavar="DIR", help="folder of the results; None: the folder of the weights"
     )
     parser.add_argument("--train-dataset", default="ImageNet:split=TRAIN", metavar="DATA", help="data string")
     parser.add_argument("--val-dataset", default="ImageNet:split=VAL", metavar="DATA", help="data string")
@@ -71,33 +71,33 @@ def evaluation_parser(
         "--features-dir",
         type=Path,
         metavar="DIR",
-        help="share features with other evaluations: they are read from there, or written; None: computed anew",
+        help="read features from this folder, or write them, to share them with other evaluations; None: do not share",
     )
-    parser.add_argument("--dry-run", action="store_true", help="look for weights and data, and exit")
+    parser.add_argument("--dry-run", action="store_true", help="check weights, data and flags, and exit")
     return parser
 
 
 def add_subset_flags(parser: argparse.ArgumentParser) -> None:
-    """Selects which images of the datasets are used."""
+    """Adds the flags that choose which images of the datasets to use."""
     parser.add_argument(
-        "--max-images", type=positive, help="of each dataset, the first so many of a fixed shuffle; None: all"
+        "--max-images", type=positive, help="images of each dataset, the first of a fixed shuffle; None: all"
     )
     parser.add_argument(
         "--n-per-class", type=int, default=-1, metavar="N", help="training images of each class, at random; -1: all"
     )
-    parser.add_argument("--seed", type=not_negative, default=0, help="of everything that is random")
+    parser.add_argument("--seed", type=not_negative, default=0, help="seed of everything that is random")
 
 
 def encoder_of(args: argparse.Namespace) -> Any:
-    """Returns the source that `--encoder` or `--pretrained-weights` names; with `many_encoders` the first is a list."""
+    """Returns the value of `--encoder` or `--pretrained-weights`; with `many_encoders` the former is a list."""
     return args.pretrained_weights if args.encoder is None else args.encoder
 
 
 @contextmanager
 def evaluation_processes(args: argparse.Namespace) -> Iterator[torch.device]:
-    """Joins the process group of the launcher, if there is one, and selects the device.
+    """Joins the processes of a launcher, if any, and yields the device of this one.
 
-    Log lines of the main process go to the terminal. A dry run needs no GPU: it is done where a job is submitted.
+    The main process logs to the terminal. A dry run uses the CPU, since it also runs where a job is submitted.
     """
     launch = find_launch()
     device = pick_device("cpu" if args.dry_run else args.device, launch.local_rank)
@@ -111,10 +111,10 @@ def evaluation_processes(args: argparse.Namespace) -> Iterator[torch.device]:
 
 
 def goes_on(args: argparse.Namespace, folder: Path) -> bool:
-    """Returns whether to go beyond the checks of a dry run; all processes must call it.
+    """Returns whether to measure, which a dry run does not; all processes must call it.
 
     Raises:
-        OSError: there is, and `folder` cannot be written.
+        OSError: `folder` cannot be written (not checked in a dry run).
     """
     if args.dry_run:
         logger.info("dry run: encoder, data and flags can be used")
@@ -124,7 +124,7 @@ def goes_on(args: argparse.Namespace, folder: Path) -> bool:
 
 
 def extraction_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the arguments of `FeatureExtractor` for which every evaluation has flags."""
+    """Returns the keyword arguments of `FeatureExtractor` that every evaluation has flags for."""
     return {
         "batch_size": args.batch_size,
         "num_workers": args.num_workers,
@@ -154,7 +154,7 @@ def _whole_number(text: str, smallest: int) -> int:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Formats a text table; the first column is aligned left, the others right."""
+    """Formats a table: columns as wide as their longest cell, the first aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -166,9 +166,9 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def accuracy_table(accuracies: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, str]) -> str:
-    """Returns a row for each set of images, from `ClassHits.summary`, by the metric of the set.
+    """Formats accuracies from `ClassHits.summary`, one row for each set of images, by the metric of that set.
 
-    per_class_accuracy shows its mean.
+    For per_class_accuracy the row shows the mean.
     """
     rows = []
     for name, found in accuracies.items():
@@ -179,7 +179,7 @@ def accuracy_table(accuracies: Mapping[str, Mapping[str, Any]], metrics: Mapping
 
 
 def protocol_of(args: argparse.Namespace, device: torch.device, started: float) -> dict[str, Any]:
-    """Returns the record of how results were obtained: flags except output paths, machine, processes, time taken.
+    """Returns the protocol for a results file: flags except those for files, machine, processes and time taken.
 
     Args:
         started: `time.perf_counter()` at the start.

@@ -1,4 +1,4 @@
-"""Loads encoders to evaluate: from a run, a weights file or another library, or with random weights."""
+"""Encoders to evaluate: from a run, a file of weights or another library, or with random weights."""
 
 import hashlib
 import logging
@@ -26,10 +26,10 @@ from dinov2_eq.models.foreign_backbones import (
 from dinov2_eq.models.weight_files import instead_of_folder, read_checkpoint
 from dinov2_eq.settings import StudentConfig
 
-ADAPTABLE = {"pos_embed", "mask_token"}  # resized as the backbone would do it; not used in evaluations
+ADAPTABLE = {"pos_embed", "mask_token"}  # one is resized as by the backbone, the other is not used in evaluations
 CHECKPOINTS = "eval/training_*/teacher_checkpoint.pth"
-ANY_TRANSFORMER = "vit_small"  # weights alone tell which one
-SEED = 0  # of random weights, where none is asked for
+ANY_TRANSFORMER = "vit_small"  # the weights decide which one
+SEED = 0  # of random weights
 RANDOM = re.compile(r"(?P<arch>\w+)/(?P<patch_size>\d+)(?:@(?P<img_size>\d+))?")
 
 logger = logging.getLogger(__name__)
@@ -37,18 +37,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Encoder:
-    backbone: nn.Module  # in eval mode, on the CPU; answers as `models.foreign_backbones` says
+    backbone: nn.Module  # in eval mode, on the CPU; interface as in `models.foreign_backbones`
     image_size: int  # side, in pixels, of the images it was trained with
     mean: list[float]  # pixel statistics, in [0, 1]
     std: list[float]
-    config: dict[str, Any]  # the whole training config; {} where there is none
-    step: int | None  # optimizer updates behind it; None where nothing says so
+    config: dict[str, Any]  # the whole training config; {} if there is none
+    step: int | None  # optimizer updates so far; None: unknown
     description: dict[str, Any]  # for results files: where it comes from and what it is
     untrained: Callable[[], nn.Module] | None = None  # builds the same architecture with fresh weights
 
 
 def load_encoder(source: str | Path, config_file: str | None = None) -> Encoder:
-    """Reads an encoder, each kind with its own normalisation and image size.
+    """Loads an encoder with its own normalisation and image size.
 
     Args:
         source: one of
@@ -62,7 +62,7 @@ def load_encoder(source: str | Path, config_file: str | None = None) -> Encoder:
 
     Raises:
         FileNotFoundError: no such path, or a folder without a teacher checkpoint.
-        ValueError: weights or a config that cannot be used, that contradict each other, or are not to be had.
+        ValueError: the weights or the config cannot be used or obtained, or contradict each other.
     """
     kind, _, rest = str(source).partition(":")
     if kind in (*LOADERS, "random") and rest and not Path(source).exists():
@@ -73,7 +73,7 @@ def load_encoder(source: str | Path, config_file: str | None = None) -> Encoder:
 
 
 def random_encoder(encoder: Encoder, seed: int) -> Encoder:
-    """Returns the untrained encoder of the same architecture; leaves torch's global generator unchanged."""
+    """Returns the same architecture with random weights; leaves torch's global generator unchanged."""
     return replace(
         encoder,
         backbone=_frozen(_seeded(encoder.untrained, seed)),
@@ -83,7 +83,7 @@ def random_encoder(encoder: Encoder, seed: int) -> Encoder:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Returns the file itself, or the newest teacher checkpoint of a run folder."""
+    """Finds the newest teacher checkpoint of a run folder; returns a file unchanged."""
     if path.is_file():
         return path
     if not path.exists():
@@ -124,13 +124,13 @@ def _load_file(source: str, path: Path, config_file: str | None) -> Encoder:
         untrained = partial(build_backbone, **settings["student"], img_size=image_size)
         details = {"student": config["student"], "equivariance": config.get("equivariance")}
     else:
-        details = infer_architecture(weights) | {"in_chans": 3}  # as all images here are read
+        details = infer_architecture(weights) | {"in_chans": 3}  # images are always read as RGB
         largest = IMAGENET_SIZE // details["patch_size"] * details["patch_size"]
         image_size, mean, std = min(details["img_size"], largest), IMAGENET_MEAN, IMAGENET_STD
         untrained = partial(DinoVisionTransformer, **details)
         logger.warning(
-            "%s carries no config: its architecture is inferred, and images have %d pixels and ImageNet's mean "
-            "and std, whatever it was trained with",
+            "%s carries no config: its architecture is inferred, and images have %d pixels and ImageNet's mean and "
+            "std, which may differ from its training",
             path,
             image_size,
         )
@@ -154,9 +154,9 @@ def _load_file(source: str, path: Path, config_file: str | None) -> Encoder:
 def _load_strictly(
     backbone: DinoVisionTransformer, weights: Mapping[str, Tensor], path: Path, *, is_ours: bool, is_described: bool
 ) -> int:
-    """Loads weights whose names and shapes must match; foreign ones may lack the mask token or resize positions.
+    """Loads weights whose names and shapes must all match, and returns the number of tensors.
 
-    Returns the number of tensors.
+    Weights of others may have another position table and lack the mask token.
     """
     expected, notes = backbone.state_dict(), []
     adaptable = () if is_ours else ADAPTABLE

@@ -21,7 +21,7 @@ from dinov2_eq.files import whole_file
 from dinov2_eq.logging import progress_bar
 from dinov2_eq.probes.features import block_features, encode_together, pooled_features
 
-# What the loaders show, for results files: `make_eval_loader` and `make_whole_image_loader`.
+# Preprocessing of `make_eval_loader` and `make_whole_image_loader`, for results files.
 CENTRE = "short side to 256/224 of the input size (up to 64 pixels: to the input size), bicubic, centre crop"
 WHOLE = "short side to the input size, bicubic, centre crop"
 
@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 class FeatureStore:
-    """Features of one encoder in files, for evaluations that read the same images.
+    """Cache of the features of one encoder on disk, for evaluations that read the same images.
 
-    A file is for the same weights, data string, images and preprocessing only. Data that change under one data string
-    are not noticed: remove the folder then.
+    A file is reused only for the same weights, data string, images and preprocessing. If data change under the same
+    data string, delete the folder: the change is not detected.
     """
 
     def __init__(self, folder: Path, encoder: Encoder) -> None:
@@ -40,9 +40,9 @@ class FeatureStore:
         self.encoder = fingerprint(encoder.backbone)
 
     def features(self, compute: Callable[[], Tensor], images: LabelledImages, **how: Any) -> Tensor:
-        """Returns what the store holds for these images and this way to read them, or computes and keeps it.
+        """Returns the stored features of these images, or computes and stores them.
 
-        All processes must call it; `compute` gives the whole features in each of them.
+        All processes must call it. `compute` returns all features in each of them; `how` is the preprocessing.
         """
         key = json.dumps([self.encoder, images.dataset.data_string, len(images.dataset), how], default=str)
         digest = hashlib.sha256(key.encode() + np.ascontiguousarray(images.indices).tobytes()).hexdigest()
@@ -59,13 +59,13 @@ class FeatureStore:
 
 
 class FeatureExtractor:
-    """Features of one encoder, whose backbone moves to `device`; all processes call the methods together.
+    """Computes features of one encoder, whose backbone moves to `device`; all processes call the methods together.
 
     Args:
         batch_size: images in one forward of one process.
         half_precision: run the backbone under bfloat16 autocast.
         make_loader: `make_eval_loader`, or `make_whole_image_loader`.
-        store: keeps pooled features for other evaluations; None: nothing is kept.
+        store: cache of pooled features; None: no cache.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class FeatureExtractor:
         encoder.backbone.to(device)
 
     def pooled(self, images: LabelledImages, mode: str = "cls") -> Tensor:
-        """`pooled_features` of all images, [N, D or 2D] on the CPU, in every process.
+        """Computes `pooled_features` of all images, [N, D or 2D] on the CPU, in every process.
 
         Raises:
-            ValueError: features that are NaN or infinite, no images, or one that cannot be read.
+            ValueError: a feature is NaN or infinite, there are no images, or one cannot be read.
         """
         encode = partial(pooled_features, self.encoder.backbone, mode=mode, **self._shared)
         compute = partial(self._extract, encode, images)
@@ -102,11 +102,11 @@ class FeatureExtractor:
         return self.store.features(compute, images, mode=mode, size=size, loader=loader, **self._shared)
 
     def own_blocks(self, images: LabelledImages, num_blocks: int) -> Tensor:
-        """`block_features` of this process's share of the images (see `own_share`), on the CPU; raises as `pooled`."""
+        """Computes `block_features` of this process's `own_share` of the images, on the CPU; raises as `pooled`."""
         return self._extract(partial(self.encode_blocks, num_blocks=num_blocks), images, gather=False)
 
     def encode_blocks(self, pixels: Tensor, num_blocks: int) -> Tensor:
-        """`block_features` of pixels [B, 3, S, S] in [0, 1] on the device of the encoder."""
+        """Computes `block_features` of pixels [B, 3, S, S] in [0, 1] on the device of the encoder."""
         return block_features(self.encoder.backbone, pixels, num_blocks=num_blocks, **self._shared)
 
     def _extract(self, encode: Callable[[Tensor], Tensor], images: LabelledImages, gather: bool = True) -> Tensor:

@@ -1,4 +1,4 @@
-"""Resumable training of a grid of linear heads."""
+"""Training of a grid of linear heads that resumes after an interruption."""
 
 import json
 import logging
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class GridCheckpoints:
-    """Checkpoints of heads, optimizer and step, with the settings they were trained with.
+    """Checkpoints of heads, optimizer and step in a folder, with the settings that they belong to.
 
     Args:
-        settings: by name; what a checkpoint and the command that uses its heads must agree on.
-        schedule: by name; what they must agree on besides where training goes on.
+        settings: by name; must match those of a checkpoint to use its heads.
+        schedule: by name; must also match to resume its training.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class GridCheckpoints:
         self.history: list[dict[str, Any]] = []  # scores so far
 
     def save(self, name: str) -> None:
-        """Saves atomically, from the main process."""
+        """Writes a checkpoint on the main process, complete or not at all."""
         if is_main_process():
             state = {
                 "training": self.training.state_dict(),
@@ -48,15 +48,15 @@ class GridCheckpoints:
                 "schedule": self.schedule,
                 "history": self.history,
             }
-            # Not to a name, which torch would keep inside: the same state is the same bytes.
+            # An open file, not a path: torch stores the path's name, and equal states would differ in bytes.
             with whole_file(self.folder / name) as temporary, temporary.open("wb") as file:
                 torch.save(state, file)
 
     def resume(self) -> None:
-        """Loads the running checkpoint, if there is one; a finished one of other settings is left to be replaced.
+        """Loads the running checkpoint, if any; ignores one of a finished evaluation with other settings.
 
         Raises:
-            ValueError: an interrupted evaluation with other settings left it, or it is damaged.
+            ValueError: the checkpoint is damaged, or of an interrupted evaluation with other settings.
         """
         path = self.folder / RUNNING_CHECKPOINT
         if not from_main_process(path.exists):
@@ -64,31 +64,33 @@ class GridCheckpoints:
         try:
             found = _read_saved(path)
         except ValueError as error:
-            raise ValueError(f"{error}, or --no-resume to start again") from None
+            raise ValueError(f"{error}, or --no-resume to start over") from None
         changes = _changes(found["settings"] | found["schedule"], self.settings | self.schedule)
         if changes and found["training"]["step"] == found["training"]["num_steps"]:
-            logger.info("%s is of a finished evaluation with other settings and will be replaced: %s", path, changes[0])
+            logger.info(
+                "%s is from a finished evaluation with other settings and will be replaced: %s", path, changes[0]
+            )
             return
         if changes:
             raise ValueError(
                 f"{path} belongs to another evaluation, which was interrupted: {changes[0]}. Choose another "
-                "--output-dir, or --no-resume to start again"
+                "--output-dir, or --no-resume to start over"
             )
         self.training.load_state_dict(found["training"])
         self.history = found["history"]
-        logger.info("going on after step %d of %d, from %s", self.training.step, self.training.num_steps, path)
+        logger.info("resuming after step %d of %d, from %s", self.training.step, self.training.num_steps, path)
 
     def load_trained(self, path: Path) -> None:
-        """Loads heads that an earlier evaluation trained, by its own schedule, to be scored as they are.
+        """Loads heads that an earlier evaluation trained, with any schedule, to score them as they are.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: no checkpoint of this program, a damaged one, or one with other settings.
+            ValueError: the file is damaged, no checkpoint of this program, or has other settings.
         """
         found = _read_saved(path)
         if changes := _changes(found["settings"], self.settings):
             raise ValueError(
-                f"The heads of {path} are of another evaluation: {changes[0]}. Give what it was, or other heads"
+                f"The heads in {path} belong to another evaluation: {changes[0]}. Restore it, or give other heads"
             )
         self.training.load_heads(found["training"])
         self.schedule, self.history = found["schedule"], found["history"]
@@ -96,19 +98,19 @@ class GridCheckpoints:
 
 
 def _read_saved(path: Path) -> dict[str, Any]:
-    """Loads what `GridCheckpoints.save` wrote, in every process; only the main process needs access to the file.
+    """Reads a file of `GridCheckpoints.save` on the main process, and returns its content in every process.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, or no checkpoint of this program.
+        ValueError: the file is damaged, or no checkpoint of this program.
     """
 
     def read() -> dict[str, Any]:
         found = read_weights(path)
         if set(found) != {"training", "settings", "schedule", "history"}:
             raise ValueError(
-                f"{path} is no {RUNNING_CHECKPOINT} or {KEPT_CHECKPOINT.format(step='<step>')} of this program, or of "
-                "another version of it; give one"
+                f"{path} is not a {RUNNING_CHECKPOINT} or {KEPT_CHECKPOINT.format(step='<step>')} of this "
+                "version of the program; give one"
             )
         return found
 
@@ -116,7 +118,7 @@ def _read_saved(path: Path) -> dict[str, Any]:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns a sentence for each setting that changed."""
+    """Describes each setting that changed."""
     return [
         f"{name} was {before.get(name)!r} and is now {value!r}"
         for name, value in now.items()
@@ -134,13 +136,13 @@ def train_grid(
     keep_every_epochs: int,
     device: torch.device,
 ) -> None:
-    """Trains to the last step and saves a checkpoint after each epoch.
+    """Trains to the last step and writes a running checkpoint after each epoch.
 
     Args:
         batches: features and labels on `device`, from the next step on; see `GridTraining.update`.
-        score: what goes into the history every `score_period` steps, and after the last.
+        score: returns an entry for the history; called every `score_period` steps and after the last.
         epoch_length: in steps.
-        keep_every_epochs: after so many, a copy of the checkpoint stays for ever.
+        keep_every_epochs: epochs between checkpoints that are kept permanently.
 
     Raises:
         StoppedBySignal: SIGTERM, SIGUSR2 or SIGHUP reached a process; a checkpoint of this step is written.

@@ -11,16 +11,16 @@ from dinov2_eq.equivariance.transforms import TRANSFORMS, Transform, build_trans
 
 
 class Crop(Transform):
-    """Crops a square and resizes it to the size of the image.
+    """Crop of a square part of the image, resized to the whole.
 
-    Its side is a share s = exp(log_scale) of the image's, with log_scale uniform up to 0; its centre is uniform among
-    the places where it fits, as an offset from the image's centre in shares of the side.
+    Its side is exp(log_scale) times the image's, with log_scale uniform up to 0. Its centre is uniform among the places
+    where the crop fits, as an offset from the image's centre in shares of the image's side.
 
     Args:
-        min_share: of the area that is kept at least, in (0, 1].
+        min_share: smallest share of the area to keep, in (0, 1].
 
     Raises:
-        ValueError: another share.
+        ValueError: `min_share` is outside (0, 1].
     """
 
     components = ("centre_x", "centre_y", "log_scale")
@@ -45,7 +45,7 @@ class Crop(Transform):
 
 
 class Flip(Transform):
-    """Flips horizontally with probability 1/2."""
+    """Horizontal flip with probability 1/2."""
 
     components = ("mirrored",)
 
@@ -60,7 +60,7 @@ class Flip(Transform):
 
 
 def build_probe_transform(name: str, *, min_crop_share: float, **ranges) -> Transform:
-    """Builds the transform called `name`: crop, flip, or one that `build_transform` knows.
+    """Builds the transform called `name`: crop, flip, or one of `build_transform`.
 
     Raises:
         ValueError: no transform of that name, or its module cannot be imported.

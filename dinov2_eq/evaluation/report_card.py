@@ -1,4 +1,4 @@
-"""Measures features of images and transformed images: R2 of the transform, invariance, angle curves."""
+"""Measurements on features of images and transformed images: R2 of the transform, invariance, angle curves."""
 
 from collections.abc import Iterator, Sequence
 from statistics import fmean, stdev
@@ -14,8 +14,8 @@ from dinov2_eq.probes.invariance import mean_cosine, mean_cosine_of_others, reca
 from dinov2_eq.probes.knn import knn_accuracy
 from dinov2_eq.probes.transform_regression import R2Scores, r2_scores, regress_transform
 
-TASKS = ("rotation", "translation", "color_jitter", "blur")  # those of the papers, which the means are of
-# Each mean takes, of every task, the first of these borders that the task has.
+TASKS = ("rotation", "translation", "color_jitter", "blur")  # of the papers; the means run over these
+# For each task, a mean takes the first of these borders that the task has.
 MEANS = {"mean_border_free": ("canvas", "none"), "mean_zeros": ("zeros", "none"), "mean_masked": ("masked",)}
 ANGLES_DEG = tuple(range(0, 360, 15))
 
@@ -24,7 +24,7 @@ class Extracted(NamedTuple):
     """Features of encoders that agree on image size."""
 
     settings: list[Setting]
-    turned: list[Setting]  # one for each of `ANGLES_DEG`; [] where no curves are wanted
+    turned: list[Setting]  # one for each of `ANGLES_DEG`; []: no curves
     train: PairFeatures
     val: PairFeatures
 
@@ -40,18 +40,18 @@ class Probes(NamedTuple):
 
 
 def upright(image_size: int) -> Appearance:
-    """A disc mask inside which every pixel is real at any angle of rotation."""
+    """Returns an appearance with a disc that holds real pixels at every rotation angle."""
     return Appearance(image_size, (image_size - 1) / 2)
 
 
 def turned_settings(image_size: int) -> list[Setting]:
-    """Returns settings that rotate the image by each of `ANGLES_DEG`, inside the disc."""
+    """Returns the settings that rotate the image by each of `ANGLES_DEG` and show a disc of it."""
     rotation = build_transform("rotation")
     return [Setting(f"angle_{angle}", "masked", rotation, upright(image_size)) for angle in ANGLES_DEG]
 
 
 def turned_theta(num_images: int) -> dict[str, Tensor]:
-    """Returns theta [1, N, 1], the angle, for each of the `turned_settings`."""
+    """Returns the angles [1, N, 1] in degrees of each of the `turned_settings`, by task."""
     return {f"angle_{angle}": torch.full((1, num_images, 1), float(angle)) for angle in ANGLES_DEG}
 
 
@@ -65,10 +65,10 @@ def score_transforms(
 
     Args:
         extracted: by name of the encoder.
-        targets: of the training and of the held-out pairs, [draws * N, P] by task, see `scale_targets`.
+        targets: [draws * N, P] by task, for the training and for the held-out pairs; see `scale_targets`.
 
     Yields:
-        rows of one encoder, setting and choice of tokens, in all processes in the same order: one for each head.
+        one row for each head, of one encoder, setting and choice of tokens; in the same order in all processes.
     """
     jobs = [
         (name, setting, tokens)
@@ -106,7 +106,7 @@ def _train_heads(
 
 
 def make_row(encoder: str, setting: Setting, tokens: str, head: str, scores: Sequence[R2Scores]) -> dict[str, Any]:
-    """Averages over the seeds of the head; with several seeds, adds the spread of the headline number."""
+    """Averages scores over the seeds of a head; with several seeds, adds the standard deviation of `r2_pooled`."""
     pooled = [score.pooled for score in scores]
     components = [fmean(values) for values in zip(*(score.components for score in scores), strict=True)]
     row = {
@@ -123,7 +123,7 @@ def make_row(encoder: str, setting: Setting, tokens: str, head: str, scores: Seq
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Averages over the four standard tasks for each encoder, tokens and head; skipped if a task is missing."""
+    """Averages over the four standard tasks for each encoder, tokens and head; skips those that lack a task."""
     summary = []
     for kind in dict.fromkeys((row["encoder"], row["tokens"], row["head"]) for row in rows):
         of_kind = [row for row in rows if (row["encoder"], row["tokens"], row["head"]) == kind]
@@ -142,7 +142,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def cosine_rows(name: str, found: Extracted, tokens: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns the cosine between held-out I and g(I), and between different images, for each setting."""
+    """Returns, for each setting, the cosine of held-out I and g(I), and the cosine of different images."""
     return [
         {
             "encoder": name,
@@ -166,9 +166,9 @@ def angle_curve(
     k: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Returns retrieval of the upright image and k-NN accuracy of rotated images, over `ANGLES_DEG`.
+    """Measures, over `ANGLES_DEG`, whether a rotated held-out image retrieves its upright self, and its class by k-NN.
 
-    All processes call it together.
+    All processes must call it.
 
     Args:
         labels: [N] of the training images, [M] of the held-out ones; None: no k-NN.

@@ -1,4 +1,4 @@
-"""Results files."""
+"""Where results files go, and writing them."""
 
 import json
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from dinov2_eq.files import check_writable, replace_text
 
 
 def results_folder(encoder: str | Path, output_dir: str | Path | None) -> Path:
-    """`output_dir`, or where the encoder is: the run folder, or the folder of the weights.
+    """Returns `output_dir`, or if None the encoder's run folder or the folder of its weights.
 
     Raises:
-        FileNotFoundError: the encoder is a path and does not exist.
-        ValueError: it is no path, so that `output_dir` is needed.
+        FileNotFoundError: the encoder is a path that does not exist.
+        ValueError: the encoder is not a path, so `output_dir` is needed.
     """
     path = Path(encoder)
     has_scheme = ":" in str(encoder) and not path.exists()  # timm:NAME and the like
@@ -26,16 +26,16 @@ def results_folder(encoder: str | Path, output_dir: str | Path | None) -> Path:
     if output_dir:
         return Path(output_dir)
     if has_scheme:
-        raise ValueError(f"--output-dir is missing: {encoder} is no folder of yours that results could go to")
+        raise ValueError(f"--output-dir is missing: {encoder} is not a local folder that results could go to")
     return path if path.is_dir() else path.parent
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> Path:
-    """Writes JSON that any parser reads, whole or not at all; makes the folder.
+    """Writes strict JSON, complete or not at all, and creates the folder.
 
     Raises:
         OSError: the folder cannot be made or written.
-        ValueError: the results hold NaN or infinity, which JSON has no word for.
+        ValueError: the results hold NaN or infinity, which JSON does not allow.
     """
     text = json.dumps(results, indent=2, allow_nan=False) + "\n"
     check_writable(path.parent)

@@ -1,4 +1,4 @@
-"""Names and untrained twins for several encoders in one evaluation."""
+"""Several encoders in one evaluation: their names, and their untrained twins."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,12 +7,12 @@ from typing import Any
 
 from dinov2_eq.evaluation.encoder import Encoder, random_encoder
 
-TRAINED, UNTRAINED = "trained", "random-init"  # what reports of runs look for
+TRAINED, UNTRAINED = "trained", "random-init"  # names that reports of runs look for
 RANDOM_SEED = 0
 
 
 def name_sources(sources: Sequence[str]) -> list[str]:
-    """Shortens sources to names: paths relative to their common folder, other sources unchanged.
+    """Returns short names: paths relative to the folder that holds them all, other sources unchanged.
 
     Raises:
         ValueError: a source is given twice.
@@ -26,7 +26,7 @@ def name_sources(sources: Sequence[str]) -> list[str]:
 
 
 def name_encoders(sources: Sequence[str], encoders: Sequence[Encoder]) -> dict[str, Encoder]:
-    """Names encoders; one alone is "trained", or "random-init" where nothing was loaded. Raises as `name_sources`."""
+    """Names encoders; one alone is "trained", or "random-init" if nothing was loaded. Raises as `name_sources`."""
     if len(encoders) == 1:
         return {UNTRAINED if is_untrained(encoders[0]) else TRAINED: encoders[0]}
     return dict(zip(name_sources(sources), encoders, strict=True))
@@ -37,7 +37,7 @@ def is_untrained(encoder: Encoder) -> bool:
 
 
 def with_untrained(encoders: Mapping[str, Encoder]) -> dict[str, Encoder]:
-    """Adds an untrained encoder for each architecture that does not have one yet."""
+    """Adds an encoder with random weights for each architecture that has none yet."""
     kinds = {_architecture(encoder): name for name, encoder in encoders.items() if is_untrained(encoder)}
     twins = {}
     for name, encoder in encoders.items():

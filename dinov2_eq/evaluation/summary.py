@@ -1,4 +1,4 @@
-"""Collects results files in one table: a row for each encoder, a column for each number."""
+"""Summary of results files in one table: a row for each encoder, a column for each number."""
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ class Entry(NamedTuple):
 
 
 def numbers_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the numbers of a results file by name: accuracies, or the encoder's R2 by task and border."""
+    """Returns the numbers of a results file by name: accuracies, or the first encoder's R2 by task and border."""
     if "rows" not in results:
         return dict(_leaves(results["results"]))
     rows = results["rows"]
@@ -47,7 +47,7 @@ class Summary(NamedTuple):
     """Formats entries as one table."""
 
     header: list[str]
-    rows: list[list[str]]  # one for each encoder; no number: the cell is empty
+    rows: list[list[str]]  # one for each encoder; missing numbers are empty cells
     problems: list[str]  # what is not done, and why
 
     def markdown(self) -> str:
@@ -85,7 +85,7 @@ def read_numbers(folder: Path) -> dict[str, float]:
     """Reads the numbers of all results files in a folder.
 
     Raises:
-        OSError, ValueError: one cannot be read, was cut off, or is not what an evaluation writes; names it.
+        OSError, ValueError: a file cannot be read, was cut off, or is no results file; the message names it.
     """
     numbers: dict[str, float] = {}
     for path in sorted(folder.glob("results_eval_*.json")):

@@ -1,10 +1,10 @@
 """Features of images I and of transformed images g(I), for several transforms and borders in one pass over the data.
 
-What comes in at the border may give a geometric transform away, so each is measured three times: "zeros" (black comes
-in, as in the papers), "masked" (the same, and only a disc that no border pixel can reach is shown), "canvas" (I is the
-centre of a larger image, so that real pixels come in). Other transforms: "none" and, for comparison, "masked".
+What enters at the border can reveal a geometric transform, so each is measured three times: "zeros" (black enters, as
+in the papers), "masked" (the same, but only a disc that no border pixel can reach is shown), "canvas" (I is the centre
+of a larger image, so that real pixels enter). Other transforms: "none" and, for comparison, "masked".
 
-Several processes share the work: each computes an equal part of the images, and all get the features of all.
+The processes share the images equally, and all of them get all features.
 """
 
 import math
@@ -27,10 +27,10 @@ from dinov2_eq.probes.features import even_share, pooled_features, require_finit
 
 
 class Appearance(NamedTuple):
-    """Preprocessing of the image I, independent of g."""
+    """Side and mask of the image I, apart from g."""
 
-    side: int  # pixels the image is read with; I is its centre
-    mask_radius: float | None  # pixels of the disc that is shown; None: everything
+    side: int  # of the image as it is read, in pixels; I is its centre
+    mask_radius: float | None  # of the disc that is shown, in pixels; None: everything is shown
 
 
 class Setting(NamedTuple):
@@ -43,10 +43,10 @@ class Setting(NamedTuple):
 
 
 def settings_of(task: str, transform: Transform, image_size: int) -> list[Setting]:
-    """Returns the kinds of border with which a transform is measured.
+    """Returns a setting for each border that a transform is measured with.
 
     Raises:
-        ValueError: shifts so large that no disc is left.
+        ValueError: the shifts are so large that no disc is left.
     """
     (canvas_side, _) = transform.canvas_size((image_size, image_size))
     limits = dict(zip(transform.components, transform.high.tolist(), strict=True))
@@ -68,15 +68,15 @@ def settings_of(task: str, transform: Transform, image_size: int) -> list[Settin
 
 
 def draw_theta(task: str, transform: Transform, num_images: int, draws: int, split: str) -> Tensor:
-    """Draws theta [draws, N, P], reproducibly from the arguments; all borders of a task share it."""
+    """Draws parameters [draws, N, P], the same for the same arguments; all borders of a task share them."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{task}.{split}".encode()))
     return torch.stack([transform.sample(num_images, generator) for _ in range(draws)])
 
 
 class SizedImages(EvaluationSamples):
-    """Decodes each image once and resizes it to several sides: {side: [3, side, side] uint8}.
+    """Dataset that decodes each image once and resizes it to several sides: {side: [3, side, side] uint8}.
 
-    `image_size` is read as every evaluation reads it; other sides show the whole short side.
+    `image_size` is preprocessed as in every evaluation; other sides keep the whole short side.
     """
 
     def __init__(self, dataset: ImageDataset, image_size: int, sides: Sequence[int]) -> None:
@@ -90,21 +90,21 @@ class SizedImages(EvaluationSamples):
 
 
 class PairFeatures:
-    """Features of pairs from `extract_pairs`; those of an I that several settings share are stored once."""
+    """Features from `extract_pairs`; those of an I that several settings share are held once."""
 
     def __init__(self, features: dict[tuple[str, Appearance | Setting], Tensor]) -> None:
         self._features = features  # [draws, N, 2D], [1, N, 2D] for an I: class token, mean of the patch tokens
 
     def of_images(self, encoder: str, appearance: Appearance, tokens: str) -> Tensor:
-        """[N, D or 2D] float32 on the CPU: features of I; tokens: one of `probes.features.MODES`."""
+        """Returns features [N, D or 2D] of I, float32 on the CPU; `tokens` is one of `probes.features.MODES`."""
         return _select(self._features[encoder, appearance], tokens)[0]
 
     def of_transformed(self, encoder: str, setting: Setting, tokens: str) -> Tensor:
-        """[draws * N, D or 2D]: features of g(I); the first N are of draw one."""
+        """Returns features [draws * N, D or 2D] of g(I); the first N are of draw one."""
         return _select(self._features[encoder, setting], tokens).flatten(0, 1)
 
     def pairs(self, encoder: str, setting: Setting, tokens: str) -> Tensor:
-        """[draws * N, 2D or 4D]: features of I and of g(I), concatenated; the first N are of draw one."""
+        """Returns features [draws * N, 2D or 4D] of I and g(I), concatenated; the first N are of draw one."""
         transformed = self.of_transformed(encoder, setting, tokens)
         images = self.of_images(encoder, setting.appearance, tokens)
         return torch.cat([images.repeat(len(transformed) // len(images), 1), transformed], dim=1)
@@ -131,11 +131,11 @@ def extract_pairs(
     Args:
         encoders: by name.
         theta: [draws, N, P] by task.
-        appearances: further ones that the features of I are wanted with.
+        appearances: extra appearances of I to compute features for.
         half_precision: see `pooled_features`.
 
     Raises:
-        ValueError: no images, or features that are NaN or infinite.
+        ValueError: there are no images, or a feature is NaN or infinite.
     """
     num_images = len(indices)
     if not num_images:
@@ -190,13 +190,13 @@ def _select(features: Tensor, tokens: str) -> Tensor:
 
 
 def _centre(images: Tensor, size: int) -> Tensor:
-    """Crops the centre [..., size, size] of square images."""
+    """Crops square images to their centre [..., size, size]."""
     margin = (images.shape[-1] - size) // 2
     return images[..., margin : margin + size, margin : margin + size]
 
 
 def _show(images: Tensor, appearance: Appearance) -> Tensor:
-    """Blackens pixels outside the disc."""
+    """Blackens everything outside the disc of the mask."""
     if appearance.mask_radius is None:
         return images
     offset = torch.arange(images.shape[-1], device=images.device) - (images.shape[-1] - 1) / 2

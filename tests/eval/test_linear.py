@@ -90,7 +90,7 @@ def test_a_stop_changes_nothing(colours, tmp_path, monkeypatch, capsys):
     linear.main([*SMALL, *SHORT, *submitted, "--output-dir", str(tmp_path / "stopped"), "--batch-size", "2"])
     capsys.readouterr()
     resumed = run(tmp_path / "stopped", colours)
-    assert "going on after step 7 of 12" in capsys.readouterr().err
+    assert "resuming after step 7 of 12" in capsys.readouterr().err
     assert without_protocol(resumed) == without_protocol(whole)
     for name, tensor in heads_of(tmp_path / "whole").items():
         assert torch.equal(tensor, heads_of(tmp_path / "stopped")[name])
@@ -261,17 +261,17 @@ def test_heads_that_cannot_be_used(colours, tmp_path):
         (["--learning-rates", "0.1"], "the list of heads was"),
         (["--encoder", "random:vit_tiny/8@32"], "the encoder's parameters was 5492352 and is now 5384064"),
     ):
-        with pytest.raises(ValueError, match=rf"The heads of .*{CHECKPOINT} are of another evaluation: {message}"):
+        with pytest.raises(ValueError, match=rf"The heads in .*{CHECKPOINT} belong to another evaluation: {message}"):
             run(tmp_path, colours, "--classifier-fpath", str(path), *flags)
     with pytest.raises(FileNotFoundError, match=r"heads.pth"):
         run(tmp_path, colours, "--classifier-fpath", str(tmp_path / "heads.pth"), "--dry-run")
     torch.save({"model": {}, "iteration": 12499}, tmp_path / "heads.pth")  # as DINOv2 writes them
-    with pytest.raises(ValueError, match=rf"heads.pth is no {CHECKPOINT} or .* of this program"):
+    with pytest.raises(ValueError, match=rf"heads.pth is not a {CHECKPOINT} or .* of this version"):
         run(tmp_path, colours, "--classifier-fpath", str(tmp_path / "heads.pth"))
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=rf"{CHECKPOINT} is not a file of weights, or it was cut off"):
         run(tmp_path, colours, "--classifier-fpath", str(path))
-    with pytest.raises(ValueError, match=r"is not a file of weights, or it was cut off.*--no-resume to start again"):
+    with pytest.raises(ValueError, match=r"is not a file of weights, or it was cut off.*--no-resume to start over"):
         run(tmp_path, colours)
 
 
