@@ -50,18 +50,16 @@ class Collate:
         share = self.path.share if self.path else 0.0
         return int((position + 1) * share) > int(position * share)
 
-    def _reads_base(self, position: int) -> bool:
-        return self.path is not None and self.path.with_base and self._has_path(position)
-
     def _draw_masks(self, positions: Sequence[int]) -> Tensor:
         """Draws masks [2, B, N] bool; N = 0 without masking."""
         if self.masking is None:
             return torch.zeros(2, len(positions), 0, dtype=torch.bool)
         masks, size = [], self.global_batch_size
+        reads_base = self.path is not None and self.path.with_base
         for step, group in groupby(positions, key=lambda position: position // size):
             slots = [position % size for position in group]
             slots += [size + slot for slot in slots]
-            visible = [size + slot for slot in range(size) if self._reads_base(step * size + slot)]
+            visible = [size + slot for slot in range(size) if self._has_path(step * size + slot)] if reads_base else []
             drawn = self.masking(2 * size, slots, self.seed, step, visible)
             masks.append(drawn.unflatten(0, (2, -1)))
         return torch.cat(masks, dim=1)

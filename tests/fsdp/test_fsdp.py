@@ -275,12 +275,15 @@ def test_every_method(tmp_path, recipe):
     if not recipe.rpartition("/")[2].startswith(("simclr", "vicreg")):
         require_equal(tmp_path / "two", tmp_path / "one")
         return
-    # The first step only: biases in front of batch normalisation have no gradient but rounding errors, which Adam makes
-    # as large as any, so that later steps drift apart.
-    first, other = (metrics(tmp_path / name)[0] for name in ("two", "one"))
-    for name, value in first.items():
+    # In front of batch normalisation biases have no gradient but rounding errors, which Adam makes as large as any.
+    first, others = (metrics(tmp_path / name) for name in ("two", "one"))
+    for name, value in first[0].items():
         if name.startswith(("loss/", "grad_norm/")):
-            assert value == pytest.approx(other[name], rel=1e-4), name
+            assert value == pytest.approx(others[0][name], rel=1e-4), name
+    if recipe == "cifar10/simclr_resnet18":
+        return  # normalised in every layer, a few images drift apart by several per cent within three steps
+    for ours, theirs in zip(first, others, strict=True):
+        assert ours["total_loss"] == pytest.approx(theirs["total_loss"], rel=5e-3)
 
 
 def test_a_third_view(tmp_path):
