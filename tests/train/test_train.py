@@ -361,7 +361,7 @@ def test_what_the_config_gives_to_say_is_logged_once(tmp_path):
             main, 2, ["--config-file", str(tmp_path / "theirs.yaml"), "--output-dir", str(tmp_path / "run"), data]
         )
     logs = [(tmp_path / f"run/logs/log.{rank}.txt").read_text() for rank in (0, 1)]
-    for sentence in ("block_chunks (each block is sharded by itself)", "give equivariance.enabled=true"):
+    for sentence in ("block_chunks (each block is sharded by itself)", "set equivariance.enabled=true"):
         assert [log.count(sentence) for log in logs] == [1, 0]
 
 
