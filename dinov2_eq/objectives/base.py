@@ -97,6 +97,10 @@ class ObjectiveSettings(ABC):
     def weights(self) -> dict[str, float]:
         """Returns the weight of each loss of this section by name; a loss of weight 0 is not built."""
 
+    def gradient_shares(self) -> dict[str, tuple[float, float]]:
+        """Returns the share of the gradient at the first and the last step, for each loss that has a fixed one."""
+        return {}
+
     @abstractmethod
     def needs(self) -> Needs:
         """Returns the needs of the losses with positive weight, and those the section has even without them."""

@@ -26,6 +26,15 @@ class EquivarianceConfig(ObjectiveSettings):
         "lambda in the total loss; 0: the control, transformed and split but nothing reconstructed",
         interval="[0, inf)",
     )
+    gradient_share: float | None = setting(
+        None,
+        "share of the gradient on the student's tokens that comes from the task, whatever its loss_weight above 0 is; "
+        "null: loss_weight decides",
+        interval="(0, 1)",
+    )
+    gradient_share_end: float | None = setting(
+        None, "that share at the last step; it moves linearly. null: it does not move", interval="(0, 1)"
+    )
     view: str = setting(
         "second",
         "which view g transforms: second (the papers: all losses see v1 and g(u)), or third: the base losses see v1 "
@@ -69,6 +78,10 @@ class EquivarianceConfig(ObjectiveSettings):
 
     def weights(self) -> dict[str, float]:
         return {"reconstruction": self.loss_weight if self.enabled else 0.0}
+
+    def gradient_shares(self) -> dict[str, tuple[float, float]]:
+        start, end = self.gradient_share, self.gradient_share_end
+        return {} if start is None else {"reconstruction": (start, start if end is None else end)}
 
     def needs(self) -> Needs:
         if not self.enabled:
@@ -139,6 +152,11 @@ class EquivarianceConfig(ObjectiveSettings):
             yield (
                 "equivariance.num_intermediates=0 must be at least 1; "
                 "for a run without reconstruction set equivariance.loss_weight=0 or equivariance.enabled=false"
+            )
+        if self.gradient_share is None and self.gradient_share_end is not None:
+            yield (
+                f"equivariance.gradient_share_end={self.gradient_share_end} needs equivariance.gradient_share, the "
+                "share at the first step"
             )
         if self.decoder == "cross_attention" and self.decoder_dim % HEAD_DIM:
             yield (

@@ -22,6 +22,7 @@ from dinov2_eq.equivariance.split import NoSplit, TokenSplit
 from dinov2_eq.fsdp import Policy, load_full, parallelize
 from dinov2_eq.models import BACKBONES
 from dinov2_eq.objectives.base import Needs, Objective
+from dinov2_eq.train.gradient_share import GradientShare
 from dinov2_eq.train.param_groups import build_param_groups
 from dinov2_eq.train.pretrained import Parts, start_state
 from dinov2_eq.train.schedules import Schedules, scaled_lr
@@ -97,15 +98,18 @@ def _build_network(config: Config, needs: Needs, *, student: bool) -> Network:
     return Network({"backbone": backbone, "projection": projection, **heads})
 
 
-def _build_objectives(config: Config, dim: int) -> tuple[dict[str, Objective], dict[str, float]]:
-    """Builds each loss with a positive weight; returns them and their weights by name."""
+def _build_objectives(
+    config: Config, dim: int
+) -> tuple[dict[str, Objective], dict[str, float], dict[str, GradientShare]]:
+    """Builds each loss with a positive weight; returns them, their weights and their shares by name."""
     context = objective_context(config)
-    objectives, weights = {}, {}
+    objectives, weights, shares = {}, {}, {}
     for section in config.objectives().values():
         for name, weight in section.weights().items():
             if weight > 0:
                 objectives[name], weights[name] = section.build(name, context, dim), weight
-    return objectives, weights
+        shares |= {name: GradientShare(*ends) for name, ends in section.gradient_shares().items() if name in objectives}
+    return objectives, weights, shares
 
 
 def _initial_state(name: str, module: nn.Module, seed: str, found: Parts | None) -> dict[str, Tensor]:

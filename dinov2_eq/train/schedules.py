@@ -20,6 +20,7 @@ class ScheduledValues(NamedTuple):
     weight_decay: float
     teacher_momentum: float
     teacher_temp: float
+    progress: float  # share of the steps that are done
 
 
 def warmup_then(start: float, warmup_steps: int, steps: int, after: ParamScheduler, reached: float) -> ParamScheduler:
@@ -78,4 +79,5 @@ class Schedules:
             weight_decay=float(self.weight_decay(where)),
             teacher_momentum=float(self.teacher_momentum(where)),
             teacher_temp=float(self.teacher_temp(where)),
+            progress=where,
         )

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dinov2_eq.objectives.base import Objective
+from dinov2_eq.train.gradient_share import GradientShare
 from dinov2_eq.train.schedules import ScheduledValues
 from dinov2_eq.types import GLOBAL, CropTokens, Group, NetworkOutput, Scene, StepOutput, ViewBatch
 
@@ -37,6 +38,7 @@ class SSLMetaArch(nn.Module):
     Args:
         teacher: has the modules and initial weights of `student`; None if no objective needs one.
         loss_weights: by name of the objective.
+        shares: by name of the objective, for those with a fixed share of the gradient.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class SSLMetaArch(nn.Module):
         teacher: Network | None,
         objectives: Mapping[str, Objective],
         loss_weights: Mapping[str, float],
+        shares: Mapping[str, GradientShare] | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.teacher = teacher
         self.objectives = nn.ModuleDict(objectives)
         self.loss_weights = dict(loss_weights)
+        self.shares = nn.ModuleDict(shares or {})
         if teacher is not None:
             teacher.requires_grad_(False)
         self.train()
@@ -58,8 +62,16 @@ class SSLMetaArch(nn.Module):
     def forward(self, views: ViewBatch, scheduled: ScheduledValues) -> StepOutput:
         scene = self.encode(views, scheduled)
         losses, metrics = {}, {}
+        others = scene
+        for share in self.shares.values():
+            others = others._replace(student=share.measured(others.student))
         for name, objective in self.objectives.items():
-            losses[name], term_metrics = objective(scene)
+            seen = others
+            if name in self.shares:
+                factor = self.shares[name].factor(scheduled.progress)
+                seen = scene._replace(student=self.shares[name].measured(scene.student, factor))
+                metrics[f"gradient_factor/{name}"] = factor
+            losses[name], term_metrics = objective(seen)
             metrics |= term_metrics
         total = sum(self.loss_weights[name] * loss for name, loss in losses.items())
         cls = (scene.teacher or scene.student).tokens[GLOBAL].cls
@@ -86,8 +98,8 @@ class SSLMetaArch(nn.Module):
             move_towards(list(self.teacher.parameters()), list(self.student.parameters()), None)
             for theirs, ours in zip(self.teacher.buffers(), self.student.buffers(), strict=True):
                 theirs.copy_(ours)  # running statistics are averages already
-        for objective in self.objectives.values():
-            objective.end_step()
+        for module in (*self.objectives.values(), *self.shares.values()):
+            module.end_step()
 
     def trainable_modules(self) -> dict[str, nn.Module]:
         """Returns the modules that the optimizer updates: the student's, and those of objectives (decoders)."""
