@@ -6,6 +6,7 @@ N patches, D feature size, A parameters of the transform g, F fractions of theta
 
 from typing import NamedTuple
 
+from PIL import Image
 from torch import Tensor, nn
 
 
@@ -32,6 +33,14 @@ class PathViews(NamedTuple):
     share: float = 1.0  # of the images
     local_size: bool = False  # the size of the local crops; False: of the global crops
     with_base: bool = False  # the objective also reads the second global view of these images, so that has no mask
+
+
+class ImagePair(NamedTuple):
+    """Two images of one scene, such as renderings of an object in two poses."""
+
+    first: Image.Image  # RGB; the anchor view and the local crops are cut from it
+    second: Image.Image  # RGB; becomes the second global view
+    theta: Tensor | None  # [A] what leads from the first to the second; None: nobody knows
 
 
 class Drawn(NamedTuple):

@@ -22,6 +22,7 @@ from dinov2_eq.types import (
     PATH,
     CollatedBatch,
     Group,
+    ImagePair,
     PathViews,
     PhotometricParams,
     Sample,
@@ -61,20 +62,28 @@ class MultiCrop:
         self.canvas_size = pairing.canvas_size(self.sizes[1])
 
     def __call__(
-        self, image: Image.Image, generator: torch.Generator, *, position: int = 0, skipped: tuple[str, ...] = ()
+        self,
+        item: Image.Image | ImagePair,
+        generator: torch.Generator,
+        *,
+        position: int = 0,
+        skipped: tuple[str, ...] = (),
     ) -> Sample:
-        """Crops one RGB image; `position` and `skipped` go into the `Sample` as they are."""
+        """Crops one RGB image, or a pair of them; `position` and `skipped` go into the `Sample` as they are."""
         num_views = len(self.sizes)
-        boxes = [draw_crop_box(image.size, scale, generator) for scale in self.scales]
+        pair = item if isinstance(item, ImagePair) else None
+        images = [pair.first if pair else item] * num_views
+        images[1] = pair.second if pair else item
+        boxes = [draw_crop_box(image.size, scale, generator) for image, scale in zip(images, self.scales, strict=True)]
         flips = (torch.rand(num_views, generator=generator) < self.horizontal_flip).tolist()
         photometric = self._draw_photometric(generator)
-        drawn = self.pairing.draw(generator)
+        drawn = self.pairing.draw(pair, generator)
 
         sizes = list(self.sizes)
         factors = [canvas / side for canvas, side in zip(self.canvas_size, sizes[1], strict=True)]
         boxes[1], sizes[1] = boxes[1].enlarged(factors[1], factors[0]), self.canvas_size
         crops = []
-        for box, flip, size in zip(boxes, flips, sizes, strict=True):
+        for image, box, flip, size in zip(images, boxes, flips, sizes, strict=True):
             pixels = crop_resized(image, box, size)  # [H, W, 3]
             pixels = pixels[:, ::-1] if flip else pixels
             crops.append(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))))

@@ -1,22 +1,27 @@
 """Handles unreadable images in training: replaces them with the next image, logs them, and stops at too many."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import TypeVar
 
 import torch
-from PIL import Image
 
 from dinov2_eq.data.datasets import DataError, ImageDataset, UnreadableImage
 from dinov2_eq.distributed import all_reduce_sum, gather_objects
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 MAX_IN_A_ROW = 100
 MIN_READS = 100
 
 
-def read_or_next(dataset: ImageDataset, index: int) -> tuple[Image.Image, tuple[str, ...]]:
+def read_or_next(dataset: ImageDataset, index: int, read: Callable[[int], T]) -> tuple[T, tuple[str, ...]]:
     """Reads the image at `index`, or the next readable one; also returns the names and errors of the skipped images.
+
+    Args:
+        read: reads an image, or a pair of images, of the dataset.
 
     Raises:
         DataError: `MAX_IN_A_ROW` images in a row, or all images, cannot be read.
@@ -25,7 +30,7 @@ def read_or_next(dataset: ImageDataset, index: int) -> tuple[Image.Image, tuple[
     passed = 0
     while passed < len(dataset) and len(skipped) < MAX_IN_A_ROW:
         try:
-            return dataset.read((index + passed) % len(dataset)), tuple(skipped)
+            return read((index + passed) % len(dataset)), tuple(skipped)
         except UnreadableImage as error:
             skipped.append(str(error))
             passed += 1 + error.rest

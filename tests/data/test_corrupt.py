@@ -21,20 +21,20 @@ def make_folder(root, num_images, broken):
 
 def test_the_next_readable_image_stands_in(tmp_path):
     dataset = make_folder(tmp_path, 5, broken={1, 2, 4})
-    image, skipped = read_or_next(dataset, 1)
+    image, skipped = read_or_next(dataset, 1, dataset.read)
     assert image.getpixel((0, 0)) == (3, 0, 0)
     assert [text[: text.index(": ")][-7:] for text in skipped] == ["001.png", "002.png"]
     assert all("not an image, or in a format that is not supported" in text for text in skipped)
-    image, skipped = read_or_next(dataset, 4)  # past the end it starts over
+    image, skipped = read_or_next(dataset, 4, dataset.read)  # past the end it starts over
     assert image.getpixel((0, 0)) == (0, 0, 0)
-    assert read_or_next(dataset, 3)[1] == ()
+    assert read_or_next(dataset, 3, dataset.read)[1] == ()
 
 
 @pytest.mark.parametrize(("num_images", "expected"), [(3, 3), (MAX_IN_A_ROW + 20, MAX_IN_A_ROW)])
 def test_a_folder_of_corrupt_files(tmp_path, num_images, expected):
     dataset = make_folder(tmp_path, num_images, broken=range(num_images))
     with pytest.raises(DataError, match=rf"{expected} images in a row .*could not be read; the first: .*000\.png"):
-        read_or_next(dataset, 0)
+        read_or_next(dataset, 0, dataset.read)
 
 
 class Chunks(ImageDataset):
@@ -58,9 +58,10 @@ class Chunks(ImageDataset):
 
 
 def test_images_that_cannot_be_read_for_one_reason_are_passed_over_at_once():
-    assert read_or_next(Chunks(150), 20) == (150, ("first chunk: damaged",))
+    chunks, unreadable = Chunks(150), Chunks(0)
+    assert read_or_next(chunks, 20, chunks.read) == (150, ("first chunk: damaged",))
     with pytest.raises(DataError, match="150 images in a row of 'Chunks' could not be read; the first: first chunk"):
-        read_or_next(Chunks(0), 20)
+        read_or_next(unreadable, 20, unreadable.read)
 
 
 def test_counter_names_each_once(caplog):

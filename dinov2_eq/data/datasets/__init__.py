@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dinov2_eq.data.datasets.base import DataError, ImageDataset, UnreadableImage, require_labels
+from dinov2_eq.data.datasets.base import DataError, ImageDataset, PairDataset, UnreadableImage, require_labels
 from dinov2_eq.data.datasets.cifar10 import cifar10
 from dinov2_eq.data.datasets.data_string import build_from_table
 from dinov2_eq.data.datasets.folders import Folder, ImageFolder, imagenet
@@ -33,4 +33,12 @@ def build_dataset(string: str) -> ImageDataset:
     return build_from_table(string, DATASETS)
 
 
-__all__ = ["DATASETS", "DataError", "ImageDataset", "UnreadableImage", "build_dataset", "require_labels"]
+__all__ = [
+    "DATASETS",
+    "DataError",
+    "ImageDataset",
+    "PairDataset",
+    "UnreadableImage",
+    "build_dataset",
+    "require_labels",
+]

@@ -4,7 +4,10 @@ from abc import ABC, abstractmethod
 from functools import cached_property
 
 import numpy as np
+import torch
 from PIL import Image
+
+from dinov2_eq.types import ImagePair
 
 
 class DataError(ValueError):
@@ -72,6 +75,21 @@ class ImageDataset(ABC):
 
         Raises:
             UnreadableImage: the file is missing, broken or not an image.
+        """
+
+
+class PairDataset(ImageDataset):
+    """Pairs of images of one scene with what leads from the first to the second; `read` reads the first alone."""
+
+    @abstractmethod
+    def read_pair(self, index: int, generator: torch.Generator) -> ImagePair:
+        """Reads the image at `index` and another one of its scene.
+
+        Args:
+            generator: chooses the other one, where there are several.
+
+        Raises:
+            UnreadableImage: one of the two cannot be read.
         """
 
 

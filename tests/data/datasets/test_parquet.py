@@ -217,5 +217,5 @@ def test_a_damaged_row_group_is_passed_over(tmp_path):
     with pytest.raises(UnreadableImage, match=rf"^{path}, row group 1: \w+: ") as caught:
         dataset.read(2)
     assert caught.value.rest == 1
-    image, skipped = read_or_next(dataset, 2)
+    image, skipped = read_or_next(dataset, 2, dataset.read)
     assert image.getpixel((0, 0)) == COLOURS[4] and len(skipped) == 1
