@@ -25,6 +25,9 @@ SETTINGS = {
     "crops": ("global_crops_size",),
     "train": ("dataset_path", "seed"),
 }
+BORDERS = ("none", "canvas", "masked", "zeros")  # in the order of how much they reveal about theta
+FAINT_BORDERS = ("masked", "zeros")
+
 # The arrays of a samples file, with their number of dimensions.
 DIMENSIONS = {
     **dict.fromkeys(("anchor_view", "base_view", "transformed_view"), 4),
@@ -91,6 +94,40 @@ class Run:
         points = [(line["step"], line[key]) for line in self.metrics if key in line]
         steps, values = zip(*points, strict=True) if points else ((), ())
         return np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
+
+    def accuracies(self) -> dict[str, float]:
+        """k-NN accuracies in per cent by protocol, such as "full, k = 20, top-1"; the first is the main one."""
+        if self.knn is None:
+            return {}
+        return {
+            f"{share}, k = {k}, {metric.replace('top', 'top-')}": value
+            for share, by_k in self.knn["results"].items()
+            for k, accuracies in by_k.items()
+            for metric, value in accuracies.items()
+        }
+
+    def tasks(self) -> list[str]:
+        """Names of the transforms that were predicted."""
+        rows = self.equivariance["rows"] if self.equivariance else []
+        return list(dict.fromkeys(row["task"] for row in rows))
+
+    def r2_rows(self, task: str, border: str, encoder: str | None = None) -> list[dict[str, Any]]:
+        """Results of one transform at one border; `encoder` is "trained" or "random-init", None for both."""
+        rows = self.equivariance["rows"] if self.equivariance else []
+        return [
+            row for row in rows if (row["task"], row["border"]) == (task, border) and encoder in (None, row["encoder"])
+        ]
+
+    def border_free_r2(self, task: str) -> float | None:
+        """R2 of the trained encoder where all pixels are real; None if it was not measured."""
+        borders = [border for border in BORDERS if border not in FAINT_BORDERS]
+        rows = [row for border in borders for row in self.r2_rows(task, border, "trained")]
+        return rows[0]["r2_pooled"] if rows else None
+
+
+def all_tasks(runs: Sequence[Run]) -> list[str]:
+    """Names of the transforms that were predicted for any of the runs."""
+    return list(dict.fromkeys(task for run in runs for task in run.tasks()))
 
 
 def load_runs(folders: Sequence[Path]) -> list[Run]:
@@ -209,6 +246,7 @@ def _read_results(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[s
 
 
 def _check_accuracies(results: dict[str, Any]) -> None:
+    check_types([results["protocol"]["num_val_images"]], int)
     for by_k in results["results"].values():
         for accuracies in by_k.values():
             check_types(accuracies.values(), int | float)

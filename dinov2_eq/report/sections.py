@@ -6,10 +6,8 @@ from typing import Any
 
 from dinov2_eq.report.figures import Bar, Curve, bar_panel, curve_panel
 from dinov2_eq.report.html import badge, figure, labelled_row, missing, panels, table
-from dinov2_eq.report.runs import Run
+from dinov2_eq.report.runs import BORDERS, FAINT_BORDERS, Run, all_tasks
 
-BORDERS = ("none", "canvas", "masked", "zeros")  # in the order of how much they reveal about theta
-FAINT_BORDERS = ("masked", "zeros")
 ABSENT = "\u2013"
 
 # Title of each logged quantity, and how to read it.
@@ -62,7 +60,7 @@ def knn(runs: Sequence[Run]) -> str:
     if on_the_way:
         reading = "Top-1 accuracy in % of the teacher's class token."
         shown.append(_curve_figure(runs, "eval/knn_top1", "During training", reading))
-    accuracies = [_knn_accuracies(run) for run in runs]
+    accuracies = [run.accuracies() for run in runs]
     if any(accuracies):
         head = "<th>training images, k</th>" + "".join(f"<th>{badge(run)}</th>" for run in runs)
         labels = dict.fromkeys(label for values in accuracies for label in values)
@@ -79,7 +77,7 @@ def knn(runs: Sequence[Run]) -> str:
 
 def equivariance(runs: Sequence[Run]) -> str:
     """R2 of the transforms, as charts and as a table."""
-    tasks = _tasks(runs)
+    tasks = all_tasks(runs)
     parts = []
     if tasks:
         parts.append(panels([_r2_figure(runs, task) for task in tasks]))
@@ -89,7 +87,7 @@ def equivariance(runs: Sequence[Run]) -> str:
             for task in tasks
             for border in BORDERS
             for run in runs
-            for row in _r2_rows(run, task, border)
+            for row in run.r2_rows(task, border)
         ]
         values = table("".join(f"<th>{name}</th>" for name in names), rows)
         parts.append(f"<details><summary>All values</summary>{values}</details>")
@@ -126,16 +124,13 @@ def _settings(run: Run) -> dict[str, str]:
 def _headline_results(runs: Sequence[Run]) -> list[str]:
     """Table rows: the first k-NN accuracy of the results, and the border-free R2 of each task."""
     rows = []
-    accuracies = [_knn_accuracies(run) for run in runs]
+    accuracies = [run.accuracies() for run in runs]
     for label in list(max(accuracies, key=len))[:1]:
         rows.append(labelled_row(f"k-NN, {label}", [_number(values, label, ".1f") for values in accuracies]))
-    for task in _tasks(runs):
-        borderless = [
-            [row for border in BORDERS if border not in FAINT_BORDERS for row in _r2_rows(run, task, border, "trained")]
-            for run in runs
-        ]
-        if any(borderless):
-            values = [_number(scores[0] if scores else {}, "r2_pooled", ".3f") for scores in borderless]
+    for task in all_tasks(runs):
+        scores = [run.border_free_r2(task) for run in runs]
+        if any(score is not None for score in scores):
+            values = [ABSENT if score is None else f"{score:.3f}" for score in scores]
             rows.append(labelled_row(f"R\u00b2 of {_words(task)}", values))
     return rows or [labelled_row("evaluations", ["none yet"] * len(runs))]
 
@@ -150,32 +145,12 @@ def _curve_figure(runs: Sequence[Run], key: str, title: str, reading: str) -> st
     return figure(chart, f"{title} over the steps: {spoken}", title, caption)
 
 
-def _knn_accuracies(run: Run) -> dict[str, float]:
-    if run.knn is None:
-        return {}
-    return {
-        f"{share}, k = {k}, {metric.replace('top', 'top-')}": value
-        for share, by_k in run.knn["results"].items()
-        for k, accuracies in by_k.items()
-        for metric, value in accuracies.items()
-    }
-
-
-def _tasks(runs: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(row["task"] for run in runs if run.equivariance for row in run.equivariance["rows"]))
-
-
-def _r2_rows(run: Run, task: str, border: str, encoder: str | None = None) -> list[dict[str, Any]]:
-    rows = run.equivariance["rows"] if run.equivariance else []
-    return [row for row in rows if (row["task"], row["border"]) == (task, border) and encoder in (None, row["encoder"])]
-
-
 def _r2_figure(runs: Sequence[Run], task: str) -> str:
     bars = []
     for border in BORDERS:
         for run in runs:
-            references = [row["r2_pooled"] for row in _r2_rows(run, task, border, "random-init")]
-            for row in _r2_rows(run, task, border, "trained"):
+            references = [row["r2_pooled"] for row in run.r2_rows(task, border, "random-init")]
+            for row in run.r2_rows(task, border, "trained"):
                 reference = references[0] if references else None
                 bars.append(Bar(border, run.letter, run.color, row["r2_pooled"], reference, border in FAINT_BORDERS))
     spoken = "; ".join(f"border {bar.group}, run {bar.label}: {bar.value:.3f}" for bar in bars)

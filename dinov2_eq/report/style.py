@@ -21,6 +21,7 @@ nav { position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap:
   background: var(--paper); border-bottom: 1px solid var(--line); font-size: 14px; }
 section { padding-top: 44px; scroll-margin-top: 32px; }
 .claim { margin-bottom: 18px; }
+.verdict { margin: 0 0 12px; font-size: 19px; line-height: 1.4; }
 .badge { display: inline-block; min-width: 1.55em; padding: 0 .35em; border-radius: 4px; color: #fff;
   text-align: center; font-size: .8em; line-height: 1.55; font-weight: 700; }
 header a { color: inherit; text-decoration-color: var(--soft); text-underline-offset: 3px; }

@@ -32,7 +32,11 @@ def write_run(folder: Path, *, enabled: bool = True, loss_weight: float = 1.0, e
         components = ["log_gamma", "a<b", ""] if reconstructs else None
         write_samples(folder / f"samples/step_{step:07d}.npz", reconstructs, 100 - step // 2, components)
     if evaluated:
-        knn = {"protocol": {}, "encoder": {}, "results": {"full": {"20": {"top1": 35.1, "top5": 88.0}}}}
+        knn = {
+            "protocol": {"num_val_images": 10000},
+            "encoder": {},
+            "results": {"full": {"20": {"top1": 35.1, "top5": 88.0}}},
+        }
         (folder / "results_eval_knn.json").write_text(json.dumps(knn))
         r2 = {"protocol": {}, "encoder": {}, "rows": equivariance_rows()}
         (folder / "results_eval_equivariance.json").write_text(json.dumps(r2))
