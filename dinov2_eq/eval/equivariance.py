@@ -40,7 +40,7 @@ from dinov2_eq.evaluation.side_by_side import name_encoders, with_untrained
 from dinov2_eq.evaluation.transformed_pairs import Setting, draw_theta, extract_pairs, settings_of
 from dinov2_eq.files import replace_text
 from dinov2_eq.objectives.reconstruction import EquivarianceConfig
-from dinov2_eq.probes.features import MODES
+from dinov2_eq.probes.features import EQUIVARIANT_MODES, MODES
 from dinov2_eq.probes.transform_regression import BATCH_SIZE, HEADS, LEARNING_RATE, scale_targets
 from dinov2_eq.report import MAX_ENCODERS, render_card
 from dinov2_eq.settings import lies_in
@@ -50,7 +50,7 @@ PAGE_NAME = "report_card.html"
 CARD = {
     "tasks": ["rotation", "translation", "se2", "color_jitter", "blur", "crop", "flip"],
     "head": ["mlp", "linear"],
-    "tokens": ["both", "cls", "mean"],
+    "tokens": ["both", "cls", "mean", "grid2"],
     "num_seeds": 3,
 }
 NUM_NEIGHBOURS = 20
@@ -66,7 +66,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-val-images", type=positive, default=2000, help="the first so many of a fixed shuffle are scored")
     add("--draws", type=positive, default=1, help="transforms drawn for each training image")
     add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help="names or package.module:ClassName")
-    add("--tokens", nargs="+", choices=MODES, default=["both"], help="class token, mean of the patch tokens, or both")
+    add(
+        "--tokens",
+        nargs="+",
+        choices=[*MODES, *EQUIVARIANT_MODES],
+        default=["both"],
+        help="cls: class token; mean: of the patch tokens; both; grid2: mean patch tokens of the four quarters; equi, "
+        "equi_grid2: the equivariant half of the mean, and of the quarters",
+    )
     add("--head", nargs="+", choices=HEADS, default=["mlp"], help="what reads the features")
     add("--hidden-dim", type=positive, default=1024, help="width of the mlp")
     add("--epochs", type=positive, default=50, help="of the head")
@@ -280,6 +287,7 @@ def extract(
     size = next(iter(encoders.values())).image_size
     turned, disc = (turned_settings(size), [upright(size)]) if args.card else ([], [])
     shared = {
+        "tokens": args.tokens,
         "device": device,
         "batch_size": args.batch_size,
         "num_workers": args.num_workers,

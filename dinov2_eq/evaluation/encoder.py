@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_eq.config.load import load_config, to_dict
+from dinov2_eq.equivariance.split import TokenSplit
 from dinov2_eq.models import BACKBONES, DinoVisionTransformer, build_backbone
 from dinov2_eq.models.convert import adapt, backbone_arguments, describe_misfit, infer_architecture
 from dinov2_eq.models.foreign_backbones import (
@@ -45,6 +46,7 @@ class Encoder:
     step: int | None  # optimizer updates so far; None: unknown
     description: dict[str, Any]  # for results files: where it comes from and what it is
     untrained: Callable[[], nn.Module] | None = None  # builds the same architecture with fresh weights
+    equivariant: nn.Linear | None = None  # from tokens to their equivariant half, on the CPU; None: never split
 
 
 def load_encoder(source: str | Path, config_file: str | None = None) -> Encoder:
@@ -77,6 +79,7 @@ def random_encoder(encoder: Encoder, seed: int) -> Encoder:
     return replace(
         encoder,
         backbone=_frozen(_seeded(encoder.untrained, seed)),
+        equivariant=encoder.equivariant and _frozen(_seeded(partial(_fresh_half, encoder.equivariant), seed)),
         step=0,
         description={**encoder.description, "checkpoint": None, "step": 0, "loaded_tensors": 0, "random_seed": seed},
     )
@@ -148,7 +151,25 @@ def _load_file(source: str, path: Path, config_file: str | None) -> Encoder:
         description=_describe(source, backbone, image_size, num_tensors)
         | {"checkpoint": str(path.resolve()), "step": step, **details},
         untrained=untrained,
+        equivariant=_equivariant_half(content),
     )
+
+
+def _equivariant_half(content: Mapping[str, Any]) -> nn.Linear | None:
+    """Returns the trained map from tokens to their equivariant half, from a checkpoint or release of this project."""
+    state = content.get("teacher", content)
+    weight, bias = (state.get(f"projection.equivariant.{name}") for name in ("weight", "bias"))
+    if weight is None or bias is None:
+        return None
+    half = nn.Linear(weight.shape[1], weight.shape[0])
+    half.load_state_dict({"weight": weight, "bias": bias})
+    return _frozen(half)
+
+
+def _fresh_half(trained: nn.Linear) -> nn.Linear:
+    split = TokenSplit(trained.in_features, 1, trained.out_features)
+    split.init_weights()
+    return split.equivariant
 
 
 def _load_strictly(
@@ -233,8 +254,8 @@ def _describe(source: str, backbone: nn.Module, image_size: int, num_tensors: in
     }
 
 
-def _frozen(backbone: nn.Module) -> nn.Module:
-    return backbone.eval().requires_grad_(False)
+def _frozen(module: nn.Module) -> nn.Module:
+    return module.eval().requires_grad_(False)
 
 
 def _seeded(build: Callable[[], Any], seed: int) -> Any:

@@ -9,7 +9,7 @@ The processes share the images equally, and all of them get all features.
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from dinov2_eq.distributed import gather_rows
 from dinov2_eq.equivariance.transforms import Transform
 from dinov2_eq.evaluation.encoder import Encoder
 from dinov2_eq.logging import progress_bar
-from dinov2_eq.probes.features import even_share, pooled_features, require_finite
+from dinov2_eq.probes.features import EQUIVARIANT_MODES, MODES, WIDTHS, even_share, pooled_parts, require_finite
 
 
 class Appearance(NamedTuple):
@@ -90,24 +90,48 @@ class SizedImages(EvaluationSamples):
 
 
 class PairFeatures:
-    """Features from `extract_pairs`; those of an I that several settings share are held once."""
+    """Features from `extract_pairs`; those of an I that several settings share are held once.
 
-    def __init__(self, features: dict[tuple[str, Appearance | Setting], Tensor]) -> None:
-        self._features = features  # [draws, N, 2D], [1, N, 2D] for an I: class token, mean of the patch tokens
+    In the methods `tokens` is one of those that `extract_pairs` was given, and F the width of its features.
+
+    Args:
+        features: by encoder and what it sees, [draws, N, P], [1, N, P] for an I: the parts, concatenated.
+        parts: keys of `probes.features.WIDTHS`, in order.
+        equivariant: map of tokens to their equivariant part, by encoder; empty where no such tokens are asked for.
+    """
+
+    def __init__(
+        self,
+        features: Mapping[tuple[str, Appearance | Setting], Tensor],
+        parts: Sequence[str],
+        equivariant: Mapping[str, Callable[[Tensor], Tensor]],
+    ) -> None:
+        self._features = features
+        self._parts = parts
+        self._equivariant = equivariant
 
     def of_images(self, encoder: str, appearance: Appearance, tokens: str) -> Tensor:
-        """Returns features [N, D or 2D] of I, float32 on the CPU; `tokens` is one of `probes.features.MODES`."""
-        return _select(self._features[encoder, appearance], tokens)[0]
+        """Returns features [N, F] of I, float32 on the CPU."""
+        return self._select(encoder, appearance, tokens)[0]
 
     def of_transformed(self, encoder: str, setting: Setting, tokens: str) -> Tensor:
-        """Returns features [draws * N, D or 2D] of g(I); the first N are of draw one."""
-        return _select(self._features[encoder, setting], tokens).flatten(0, 1)
+        """Returns features [draws * N, F] of g(I); the first N are of draw one."""
+        return self._select(encoder, setting, tokens).flatten(0, 1)
 
     def pairs(self, encoder: str, setting: Setting, tokens: str) -> Tensor:
-        """Returns features [draws * N, 2D or 4D] of I and g(I), concatenated; the first N are of draw one."""
+        """Returns features [draws * N, 2F] of I and g(I), concatenated; the first N are of draw one."""
         transformed = self.of_transformed(encoder, setting, tokens)
         images = self.of_images(encoder, setting.appearance, tokens)
         return torch.cat([images.repeat(len(transformed) // len(images), 1), transformed], dim=1)
+
+    def _select(self, encoder: str, key: Appearance | Setting, tokens: str) -> Tensor:
+        features, widths = self._features[encoder, key], [WIDTHS[part] for part in self._parts]
+        dim = features.shape[-1] // sum(widths)
+        found = dict(zip(self._parts, features.split([width * dim for width in widths], dim=-1), strict=True))
+        if tokens in MODES:
+            return torch.cat([found[part] for part in MODES[tokens]], dim=-1)
+        cells = found[EQUIVARIANT_MODES[tokens]].unflatten(-1, (-1, dim))
+        return self._equivariant[encoder](cells).flatten(-2)
 
 
 def extract_pairs(
@@ -117,6 +141,7 @@ def extract_pairs(
     dataset: ImageDataset,
     indices: Sequence[int],
     *,
+    tokens: Sequence[str] = ("both",),
     appearances: Sequence[Appearance] = (),
     device: torch.device,
     batch_size: int,
@@ -131,6 +156,8 @@ def extract_pairs(
     Args:
         encoders: by name.
         theta: [draws, N, P] by task.
+        tokens: what to pool, keys of `probes.features.MODES` or `EQUIVARIANT_MODES`; the latter need encoders whose
+            tokens are split.
         appearances: extra appearances of I to compute features for.
         half_precision: see `pooled_features`.
 
@@ -148,22 +175,20 @@ def extract_pairs(
         batch_size=batch_size,
         num_workers=num_workers,
     )
+    parts = list(dict.fromkeys(part for kind in tokens for part in MODES.get(kind) or [EQUIVARIANT_MODES[kind]]))
+    equivariant = {}
+    if any(kind in EQUIVARIANT_MODES for kind in tokens):
+        equivariant = {name: _equivariant_part(name, encoder) for name, encoder in encoders.items()}
     features: dict[tuple[str, Appearance | Setting], list[Tensor]] = {}
 
     def encode(key: Appearance | Setting, images: Tensor) -> None:
         for name, encoder in encoders.items():
+            look = {"mean": encoder.mean, "std": encoder.std, "half_precision": half_precision}
             rows = [
-                pooled_features(
-                    encoder.backbone,
-                    draw,
-                    mean=encoder.mean,
-                    std=encoder.std,
-                    mode="both",
-                    half_precision=half_precision,
-                ).cpu()
+                torch.cat(pooled_parts(encoder.backbone, draw, parts, **look), dim=1).cpu()
                 for draw in images  # [draws, B, 3, S, S]
             ]
-            features.setdefault((name, key), []).append(torch.stack(rows, dim=1))  # [B, draws, 2D]
+            features.setdefault((name, key), []).append(torch.stack(rows, dim=1))  # [B, draws, P]
 
     places = torch.from_numpy(own).split(batch_size)
     batches = progress_bar(loader, unit="batch")
@@ -180,13 +205,16 @@ def extract_pairs(
     whole = {key: gather_rows(torch.cat(rows))[:num_images].transpose(0, 1) for key, rows in features.items()}
     for found in whole.values():
         require_finite(found.flatten(0, 1))
-    return PairFeatures(whole)
+    return PairFeatures(whole, parts, equivariant)
 
 
-def _select(features: Tensor, tokens: str) -> Tensor:
-    """Returns the class token, the mean patch token or both, out of [..., 2D]."""
-    cls_token, mean_patch = features.chunk(2, dim=-1)
-    return {"cls": cls_token, "mean": mean_patch, "both": features}[tokens]
+def _equivariant_part(name: str, encoder: Encoder) -> Callable[[Tensor], Tensor]:
+    if encoder.equivariant is None:
+        raise ValueError(
+            f"{name} has no equivariant half: its tokens were never split, as in a run with equivariance.enabled=false "
+            f"or in weights from elsewhere. Leave out --tokens {' and '.join(EQUIVARIANT_MODES)}"
+        )
+    return encoder.equivariant
 
 
 def _centre(images: Tensor, size: int) -> Tensor:

@@ -1,14 +1,19 @@
 """Computes frozen features of images."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_eq.distributed import gather_rows, get_rank, get_world_size
 
-MODES = ("cls", "mean", "both")
+# What each mode is made of, with its width in tokens.
+MODES = {"cls": ("cls",), "mean": ("mean",), "both": ("cls", "mean"), "grid2": ("grid2",)}
+EQUIVARIANT_MODES = {"equi": "mean", "equi_grid2": "grid2"}  # a linear map, so it may follow the pooling
+WIDTHS = {"cls": 1, "mean": 1, "grid2": 4}
 
 
 @torch.no_grad()  # inference mode would leave sharded backbones with tensors that training cannot use
@@ -27,22 +32,46 @@ def pooled_features(
         backbone: a `DinoVisionTransformer` in eval mode, on the images' device.
         images: [B, 3, H, W] in [0, 1], not normalised.
         mean, std: pixel statistics that the backbone was trained with.
-        mode: "cls", the class token; "mean", the mean of the patch tokens; "both", the two concatenated.
+        mode: "cls", the class token; "mean", the mean of the patch tokens; "both", the two concatenated; "grid2", the
+            means of the patch tokens in each quarter of a square image, row by row.
         half_precision: run the backbone under bfloat16 autocast.
 
     Returns:
-        [B, D] float32, or [B, 2D] for "both".
+        [B, D] float32, [B, 2D] for "both", or [B, 4D] for "grid2".
     """
     if mode not in MODES:
         raise ValueError(f"Unknown feature mode {mode!r}; available: {', '.join(MODES)}")
+    parts = pooled_parts(backbone, images, MODES[mode], mean=mean, std=std, half_precision=half_precision)
+    return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def pooled_parts(
+    backbone: nn.Module,
+    images: Tensor,
+    parts: Sequence[str],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    half_precision: bool = False,
+) -> list[Tensor]:
+    """Computes some of the keys of `WIDTHS` in one forward, each [B, width * D] float32; see `pooled_features`."""
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=half_precision):
         tokens = backbone(_normalized(images, mean, std), is_training=True)
-    parts = []
-    if mode != "mean":
-        parts.append(tokens["x_norm_clstoken"])
-    if mode != "cls":
-        parts.append(tokens["x_norm_patchtokens"].float().mean(dim=1))
-    return torch.cat([part.float() for part in parts], dim=1)
+    patches = tokens["x_norm_patchtokens"]
+    pooled = {
+        "cls": lambda: tokens["x_norm_clstoken"].float(),
+        "mean": lambda: patches.float().mean(dim=1),
+        "grid2": lambda: _quarters(patches.float()),
+    }
+    return [pooled[part]() for part in parts]
+
+
+def _quarters(patches: Tensor) -> Tensor:
+    """Averages patch tokens [B, N, D] of square images over their quarters: [B, 4D]."""
+    side = math.isqrt(patches.shape[1])
+    maps = patches.transpose(1, 2).unflatten(2, (side, side))  # [B, D, h, w]
+    return F.adaptive_avg_pool2d(maps, 2).flatten(2).transpose(1, 2).flatten(1)
 
 
 @torch.no_grad()

@@ -65,6 +65,23 @@ def test_one_task_without_random_init_and_with_seeds(run_folder):
     assert results["protocol"]["num_train_images"] == 10 and results["protocol"]["max_shift"] == 0.2
 
 
+def test_read_outs_of_the_equivariant_half(run_folder, tmp_path):
+    content = torch.load(run_folder / "eval/training_3/teacher_checkpoint.pth", weights_only=True)
+    content["teacher"] |= {
+        "projection.equivariant.weight": torch.randn(6, 192),
+        "projection.equivariant.bias": torch.randn(6),
+    }
+    torch.save(content, tmp_path / "teacher_checkpoint.pth")
+    results = run(tmp_path, "--tasks", "blur", "--tokens", "both", "grid2", "equi", "equi_grid2")
+    rows = [*results["rows"], *results["variants"]["rows"]]
+    kinds = {(row["encoder"], row["tokens"]) for row in rows}
+    names, tokens = ("trained", "random-init"), ("both", "grid2", "equi", "equi_grid2")
+    assert kinds == {(name, kind) for name in names for kind in tokens}
+    assert all(-1 < row["r2_pooled"] < 1 for row in rows)
+    with pytest.raises(ValueError, match="trained has no equivariant half"):
+        run(run_folder, "--tasks", "blur", "--tokens", "equi")
+
+
 def test_same_numbers_twice(run_folder):
     first, second = (run(run_folder, "--tasks", "blur", "--no-random-init")["rows"] for _ in range(2))
     assert first == second
@@ -165,7 +182,8 @@ def test_card_of_data_without_labels(tmp_path):
         shapes.read(index).save(images / f"{index}.png")
     data = f"Folder:root={images}"
     results = card(tmp_path, ["random:vit_tiny/16@32"], *CARD[:3], "--tasks", "blur", train=data, val=data)
-    assert results["protocol"]["head"] == ["mlp", "linear"] and results["protocol"]["tokens"] == ["both", "cls", "mean"]
+    assert results["protocol"]["head"] == ["mlp", "linear"]
+    assert results["protocol"]["tokens"] == ["both", "cls", "mean", "grid2"]
     assert all("knn_top1" not in curve for curve in results["angles"]["curves"])
     (notice,) = results["protocol"]["notices"]
     assert notice.startswith("There is no k-NN over the angle: k-NN over the angle needs labels")

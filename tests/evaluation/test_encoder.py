@@ -59,6 +59,19 @@ def test_random_encoder_is_another_one_of_the_same_shape(tmp_path):
     assert first.step == 0 and not first.backbone.training
 
 
+def test_the_equivariant_half_comes_along(tmp_path):
+    content = checkpoint()
+    weight, bias = torch.randn(5, content["teacher"]["backbone.cls_token"].shape[-1]), torch.randn(5)
+    assert load_encoder(save(tmp_path / "plain", content)).equivariant is None
+    content["teacher"] |= {"projection.equivariant.weight": weight, "projection.equivariant.bias": bias}
+    encoder = load_encoder(save(tmp_path / "split", content))
+    tokens = torch.randn(2, weight.shape[1])
+    torch.testing.assert_close(encoder.equivariant(tokens), tokens @ weight.T + bias)
+    first, again = (random_encoder(encoder, 1).equivariant for _ in range(2))
+    assert torch.equal(first.weight, again.weight) and first.weight.shape == weight.shape
+    assert first.weight.std() == pytest.approx(0.02, rel=0.2) and not first.bias.any()
+
+
 def test_missing_files(tmp_path):
     assert "does not exist" in message(tmp_path / "typo", error=FileNotFoundError)
     assert "eval/training_<step>/teacher_checkpoint.pth" in message(tmp_path, error=FileNotFoundError)

@@ -123,7 +123,7 @@ def of_theta(shuffled: bool = False) -> tuple[Extracted, tuple[dict, dict]]:
             ("it", settings[0].appearance): torch.zeros(1, number, 6),
             ("it", settings[0]): seen.repeat(1, 2)[None],
         }
-        parts.append(PairFeatures(features))
+        parts.append(PairFeatures(features, ["cls", "mean"], {}))
         targets.append({"se2": theta})
     return Extracted(settings, [], *parts), tuple(targets)
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,6 @@ from dinov2_eq.distributed.launch import find_launch, process_group
 from dinov2_eq.equivariance.transforms import build_transform
 from dinov2_eq.evaluation.encoder import Encoder
 from dinov2_eq.evaluation.transformed_pairs import Appearance, SizedImages, draw_theta, extract_pairs, settings_of
-from dinov2_eq.probes.features import MODES
 from tests.processes import run_ranks
 
 SIZE = 16
@@ -132,17 +133,36 @@ def test_tokens_are_parts_of_one_forward():
         theta,
         build_dataset("Shapes:num=3:size=16"),
         range(3),
+        tokens=["cls", "mean", "both"],
         appearances=[wide],
         device=torch.device("cpu"),
         batch_size=2,
         num_workers=0,
     )
-    cls_token, mean_patch, both = (features.of_transformed("trained", settings[0], kind) for kind in MODES)
+    cls_token, mean_patch, both = (
+        features.of_transformed("trained", settings[0], kind) for kind in ("cls", "mean", "both")
+    )
     assert torch.equal(mean_patch, -cls_token) and torch.equal(both, torch.cat([cls_token, mean_patch], dim=1))
     assert cls_token.shape == (2 * 3, 3 * SIZE * SIZE)
     image = features.of_images("trained", settings[0].appearance, "cls")
     assert torch.equal(features.pairs("trained", settings[0], "cls")[:3, : 3 * SIZE * SIZE], image)
     assert not torch.equal(features.of_images("trained", wide, "cls"), image)
+
+
+def test_the_equivariant_half_of_what_is_pooled():
+    half = nn.Linear(3 * SIZE * SIZE, 5)
+    encoder = replace(pixel_encoder(), equivariant=half.requires_grad_(False))
+    settings, data = settings_of("blur", TASKS["blur"], SIZE), build_dataset("Shapes:num=3:size=16")
+    theta = {"blur": draw_theta("blur", TASKS["blur"], 3, 1, "train")}
+    options = {"device": torch.device("cpu"), "batch_size": 2, "num_workers": 0}
+    tokens = ["equi", "mean", "grid2", "equi_grid2"]
+    features = extract_pairs({"trained": encoder}, settings, theta, data, range(3), tokens=tokens, **options)
+    equi, mean, grid2, equi_grid2 = (features.of_transformed("trained", settings[0], kind) for kind in tokens)
+    torch.testing.assert_close(equi, half(mean))
+    assert torch.equal(grid2, mean.repeat(1, 4))  # there is one patch token
+    torch.testing.assert_close(equi_grid2, equi.repeat(1, 4))
+    with pytest.raises(ValueError, match=r"plain has no equivariant half: .* Leave out --tokens equi and equi_grid2"):
+        extract_pairs({"plain": pixel_encoder()}, settings, theta, data, range(3), tokens=["equi"], **options)
 
 
 def extract_on_rank(num_images):

@@ -47,6 +47,13 @@ def test_modes():
     torch.testing.assert_close(extract(loader, "both"), torch.cat([pixels.amax(2), pixels.mean(2)], dim=1))
 
 
+def test_quarters_are_those_of_the_image():
+    images = torch.rand(2, 3, 4, 4)
+    pixels = (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    expected = [pixels[..., y : y + 2, x : x + 2].mean(dim=(2, 3)) for y in (0, 2) for x in (0, 2)]
+    torch.testing.assert_close(extract([images], "grid2"), torch.cat(expected, dim=1))
+
+
 def test_an_unknown_mode():
     with pytest.raises(ValueError, match="Unknown feature mode 'patch'"):
         extract(batches(2), mode="patch")
