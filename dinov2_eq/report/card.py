@@ -8,18 +8,10 @@ import numpy as np
 
 from dinov2_eq.report.figures import Bar, Curve, angle_panel, bar_panel
 from dinov2_eq.report.html import badge, figure, labelled_row, page, panels, table
-from dinov2_eq.report.runs import COLORS
-from dinov2_eq.report.sections import ABSENT, BORDERS, FAINT_BORDERS
+from dinov2_eq.report.runs import BORDERS, COLORS, FAINT_BORDERS, TOKENS
+from dinov2_eq.report.sections import ABSENT
 
 MAX_ENCODERS = len(COLORS)
-TOKENS = {
-    "cls": "class token",
-    "mean": "mean patch token",
-    "both": "class and mean patch token",
-    "grid2": "mean patch tokens of the quarters",
-    "equi": "equivariant half of the mean patch token",
-    "equi_grid2": "equivariant half of the quarters",
-}
 MEANS = {"mean_border_free": "no border", "mean_masked": "masked", "mean_zeros": "zeros"}
 SHOWN_ANGLES = (0, 45, 90, 180)
 R2 = "R\u00b2"

@@ -27,6 +27,14 @@ SETTINGS = {
 }
 BORDERS = ("none", "canvas", "masked", "zeros")  # in the order of how much they reveal about theta
 FAINT_BORDERS = ("masked", "zeros")
+TOKENS = {
+    "cls": "class token",
+    "mean": "mean patch token",
+    "both": "class and mean patch token",
+    "grid2": "mean patch tokens of the quarters",
+    "equi": "equivariant half of the mean patch token",
+    "equi_grid2": "equivariant half of the quarters",
+}
 
 # The arrays of a samples file, with their number of dimensions.
 DIMENSIONS = {
@@ -118,11 +126,13 @@ class Run:
             row for row in rows if (row["task"], row["border"]) == (task, border) and encoder in (None, row["encoder"])
         ]
 
-    def border_free_r2(self, task: str) -> float | None:
-        """R2 of the trained encoder where all pixels are real; None if it was not measured."""
-        borders = [border for border in BORDERS if border not in FAINT_BORDERS]
-        rows = [row for border in borders for row in self.r2_rows(task, border, "trained")]
-        return rows[0]["r2_pooled"] if rows else None
+    def border_free_r2(self, task: str) -> dict[str, float]:
+        """R2 of the trained encoder where all pixels are real, by tokens; of several heads the first."""
+        results, found = self.equivariance or {"rows": []}, {}
+        for row in [*results["rows"], *results.get("variants", {"rows": []})["rows"]]:
+            if row["task"] == task and row["encoder"] == "trained" and row["border"] not in FAINT_BORDERS:
+                found.setdefault(row["tokens"], row["r2_pooled"])
+        return found
 
 
 def all_tasks(runs: Sequence[Run]) -> list[str]:
@@ -253,8 +263,8 @@ def _check_accuracies(results: dict[str, Any]) -> None:
 
 
 def _check_scores(results: dict[str, Any]) -> None:
-    for row in results["rows"]:
-        check_types((row["task"], row["border"], row["encoder"]), str)
+    for row in [*results["rows"], *results.get("variants", {"rows": []})["rows"]]:
+        check_types((row["task"], row["border"], row["encoder"], row["tokens"]), str)
         check_types((row["r2_pooled"], row["r2_mean"], *row["r2_components"].values()), int | float)
 
 

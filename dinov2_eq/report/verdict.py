@@ -1,13 +1,12 @@
 """What the task changed, in words from the numbers: the first section of the report."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
-
-import numpy as np
+from statistics import fmean
 
 from dinov2_eq.report.html import badge, labelled_row, table
-from dinov2_eq.report.runs import Run, all_tasks
+from dinov2_eq.report.runs import TOKENS, Run, all_tasks
 
 CLEAR_R2 = 0.02  # a smaller difference is called none
 CLEAR_ERRORS = 2.0  # standard errors; a smaller difference of accuracies is called none
@@ -31,12 +30,15 @@ def _sentence(task: Run, control: Run) -> str:
 
 
 def _r2_finding(task: Run, control: Run) -> str:
-    shared = _shared_tasks(task, control)
-    if not shared:
+    """Of the mean over the transforms that both runs were probed for, with the first tokens that both have."""
+    changes = {}
+    for name, _, ours, theirs in _shared_scores(task, control):
+        changes.setdefault(name, ours - theirs)
+    if not changes:
         return ""
-    change = float(np.mean([task.border_free_r2(name) - control.border_free_r2(name) for name in shared]))
-    names = ", ".join(escape(name.replace("_", " ")) for name in shared)
-    what = f"R\u00b2 of {names}" if len(shared) == 1 else f"the mean R\u00b2 of {names}"
+    change = fmean(changes.values())
+    names = ", ".join(escape(name.replace("_", " ")) for name in changes)
+    what = f"R\u00b2 of {names}" if len(changes) == 1 else f"the mean R\u00b2 of {names}"
     if abs(change) < CLEAR_R2:
         return f"did not change {what} ({change:+.2f})"
     return f"{'raised' if change > 0 else 'lowered'} {what} by {abs(change):.2f}"
@@ -54,10 +56,9 @@ def _accuracy_finding(task: Run, control: Run) -> str:
 
 def _numbers(task: Run, control: Run) -> str:
     rows = []
-    for name in _shared_tasks(task, control):
-        ours, theirs = task.border_free_r2(name), control.border_free_r2(name)
-        cells = [f"{ours:.3f}", f"{theirs:.3f}", f"{ours - theirs:+.3f}"]
-        rows.append(labelled_row(f"R\u00b2 of {name.replace('_', ' ')}", cells))
+    for name, tokens, ours, theirs in _shared_scores(task, control):
+        label = f"R\u00b2 of {name.replace('_', ' ')}, {TOKENS.get(tokens, tokens)}"
+        rows.append(labelled_row(label, [f"{ours:.3f}", f"{theirs:.3f}", f"{ours - theirs:+.3f}"]))
     label, _ = _shared_accuracy(task, control)
     if label:
         ours, theirs = task.accuracies()[label], control.accuracies()[label]
@@ -66,9 +67,11 @@ def _numbers(task: Run, control: Run) -> str:
     return table(head, rows) if rows else ""
 
 
-def _shared_tasks(task: Run, control: Run) -> list[str]:
-    scores = {name: [run.border_free_r2(name) for run in (task, control)] for name in all_tasks([task, control])}
-    return [name for name, values in scores.items() if None not in values]
+def _shared_scores(task: Run, control: Run) -> Iterator[tuple[str, str, float, float]]:
+    """Yields transform, tokens, and the border-free R2 of both runs."""
+    for name in all_tasks([task, control]):
+        ours, theirs = task.border_free_r2(name), control.border_free_r2(name)
+        yield from ((name, tokens, ours[tokens], theirs[tokens]) for tokens in ours if tokens in theirs)
 
 
 def _shared_accuracy(task: Run, control: Run) -> tuple[str, float]:

@@ -72,6 +72,7 @@ def equivariance_rows() -> list[dict]:
     return [
         {
             "encoder": encoder,
+            "tokens": "both",
             "task": task,
             "border": border,
             "r2_pooled": value,

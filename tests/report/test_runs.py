@@ -112,7 +112,11 @@ def test_samples_cut_off_anywhere_or_no_samples_at_all(tmp_path: Path) -> None:
 
 
 KNN, EQUIVARIANCE = "results_eval_knn.json", "results_eval_equivariance.json"
-ROW = {"task": "blur", "border": "none", "encoder": "trained", "r2_pooled": 1, "r2_mean": 1, "r2_components": {"a": 1}}
+ROW = {"task": "blur", "border": "none", "encoder": "trained", "tokens": "both"} | {
+    "r2_pooled": 1,
+    "r2_mean": 1,
+    "r2_components": {"a": 1},
+}
 NO_METRICS = [
     "3",
     "null",

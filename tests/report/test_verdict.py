@@ -16,7 +16,15 @@ def runs_with(tmp_path, ours, theirs, num_images=10000):
     for name, weight, (rotation, blur, top1) in (("task", 1.0, ours), ("control", 0.0, theirs)):
         folder = write_run(tmp_path / name, loss_weight=weight, evaluated=False)
         rows = [
-            {"encoder": encoder, "task": task, "border": border, "r2_pooled": value, "r2_mean": 0, "r2_components": {}}
+            {
+                "encoder": encoder,
+                "tokens": "both",
+                "task": task,
+                "border": border,
+                "r2_pooled": value,
+                "r2_mean": 0,
+                "r2_components": {},
+            }
             for task, score in (("rotation", rotation), ("blur", blur))
             if score is not None
             for border, value in (("zeros", 0.99), ("none" if task == "blur" else "canvas", score))
@@ -65,6 +73,17 @@ def test_few_test_images_leave_more_open(tmp_path):
     html = verdict(runs_with(tmp_path, (0.75, None, 50.4), (0.43, None, 55.4), num_images=300))
     assert "equal within the error of sampling (-5.0 ± 4.1 points)" in words(html)
     assert "<td>0.750</td><td>0.430</td><td>+0.320</td>" in html and "<td>50.4</td><td>55.4</td><td>-5.0</td>" in html
+
+
+def test_layout_read_outs_stand_beside_the_pooled_one(tmp_path):
+    task, control = runs_with(tmp_path, (0.75, None, 54.0), (0.43, None, 54.4))
+    for run, score in ((task, 0.88), (control, 0.84)):
+        row = {**run.equivariance["rows"][-1], "tokens": "grid2", "r2_pooled": score}
+        linear = {**row, "head": "linear", "r2_pooled": 0.1}
+        run.equivariance["variants"] = {"rows": [row, linear]}
+    html = verdict([task, control])
+    assert "raised R² of rotation by 0.32" in words(html)  # of the main read-out
+    assert "R² of rotation, mean patch tokens of the quarters" in html and "<td>0.880</td><td>0.840</td>" in html
 
 
 def test_it_comes_first_and_only_with_a_control(tmp_path):
