@@ -51,9 +51,6 @@ class EquivarianceConfig(ObjectiveSettings):
     num_intermediates: int = setting(
         2, "K: targets strictly between the base and the transformed view", interval="[0, inf)"
     )
-    target_downsampling: int = setting(
-        1, "targets are means over squares of so many pixels; 1: every pixel (the papers)", interval="[1, inf)"
-    )
     border: str = setting(
         "canvas", "zeros: black outside the crop (the papers); canvas: real pixels around it", choices=BORDERS
     )
@@ -129,14 +126,14 @@ class EquivarianceConfig(ObjectiveSettings):
             build_decoder(
                 self.decoder,
                 equivariant_dim=self.equivariant_dim,
-                patch_size=context.patch_size // self.target_downsampling,
+                patch_size=context.patch_size,
                 dim=self.decoder_dim,
                 depth=self.decoder_depth,
                 attention=context.attention,
             )
             for _ in range(self.num_intermediates)
         ]
-        return Reconstruction(decoders, context.patch_size, self.target_downsampling)
+        return Reconstruction(decoders, context.patch_size)
 
     def problems(self, section: str, context: Context) -> Iterator[str]:
         if self.equivariant_dim >= self.patch_dim:
@@ -150,11 +147,6 @@ class EquivarianceConfig(ObjectiveSettings):
             yield (
                 f"crops.{side}_crops_size={size} is not made of whole patches of {patch_size} pixels, which the "
                 f"decoders rebuild; the nearest is {max(round(size / patch_size), 1) * patch_size}"
-            )
-        if self.loss_weight > 0 and patch_size % self.target_downsampling:
-            yield (
-                f"equivariance.target_downsampling={self.target_downsampling} does not divide the patches of "
-                f"{patch_size} pixels, which the decoders rebuild one by one"
             )
         if self.num_intermediates == 0:
             yield (
@@ -191,22 +183,18 @@ class Reconstruction(Objective):
     Args:
         decoders: see `equivariance.decoders`.
         patch_size: pixels.
-        downsampling: side in pixels of the squares that targets are averaged over; it divides `patch_size`.
     """
 
-    def __init__(self, decoders: Sequence[nn.Module], patch_size: int, downsampling: int = 1) -> None:
+    def __init__(self, decoders: Sequence[nn.Module], patch_size: int) -> None:
         super().__init__()
         self.decoders = nn.ModuleList(decoders)
-        self.patch_size, self.downsampling = patch_size, downsampling
+        self.patch_size = patch_size
 
     def forward(self, scene: Scene) -> Term:
-        targets = scene.views.targets
-        if self.downsampling > 1:
-            targets = F.avg_pool2d(targets.flatten(0, 1), self.downsampling).unflatten(0, targets.shape[:2])
-        return Term(reconstruction_loss(self.reconstruct(scene), targets), {})
+        return Term(reconstruction_loss(self.reconstruct(scene), scene.views.targets), {})
 
     def reconstruct(self, scene: Scene) -> Tensor:
-        """Returns u_hat_k for k = 1..K, [K, R, 3, H / s, W / s] in normalised pixel values, s = `downsampling`."""
+        """Returns u_hat_k for k = 1..K, [K, R, 3, H, W] in normalised pixel values."""
         height, width = scene.views.targets.shape[-2:]
         grid = (height // self.patch_size, width // self.patch_size)
         first, second = scene.student.equivariant(self.pair(scene))  # each [R, N, D_equi]
@@ -222,11 +210,7 @@ class Reconstruction(Objective):
         return path if len(path) == 2 else torch.stack([patches[1, scene.views.path_rows], path[0]])
 
     def pictures(self, scene: Scene) -> dict[str, Tensor]:
-        images = self.reconstruct(scene)
-        if self.downsampling > 1:  # as large as the targets beside them
-            enlarged = F.interpolate(images.flatten(0, 1).float(), scale_factor=self.downsampling, mode="bilinear")
-            images = enlarged.unflatten(0, images.shape[:2])
-        return {"reconstructions": images}
+        return {"reconstructions": self.reconstruct(scene)}
 
 
 def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
