@@ -286,10 +286,11 @@ def test_every_method(tmp_path, recipe):
         assert ours["total_loss"] == pytest.approx(theirs["total_loss"], rel=5e-3)
 
 
-def test_a_third_view(tmp_path):
-    third = ["equivariance.view=third", "equivariance.third_view_share=0.5", "fsdp.strategy=full"]
-    train("debug", tmp_path / "one", 4, *third[:2])
-    run_ranks(train, 2, "debug", tmp_path / "two", 2, *third)
+@pytest.mark.parametrize("share", ["null", "0.3"])
+def test_a_third_view(tmp_path, share):
+    third = ["equivariance.view=third", "equivariance.third_view_share=0.5", f"equivariance.gradient_share={share}"]
+    train("debug", tmp_path / "one", 4, *third)
+    run_ranks(train, 2, "debug", tmp_path / "two", 2, *third, "fsdp.strategy=full")
     require_equal(tmp_path / "two", tmp_path / "one")
 
 
