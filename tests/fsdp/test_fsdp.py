@@ -165,12 +165,13 @@ def test_saved_by_two_processes_and_continued_by_any_number(
 
 
 def test_resume_of_two_processes_is_exact(tmp_path):
-    """Bit for bit, with stochastic depth."""
-    run_ranks(train, 2, "debug", tmp_path / "run", 3, *RESUMABLE)
+    """Bit for bit, with stochastic depth and with the moving averages of a gradient share."""
+    shared = [*RESUMABLE, "equivariance.gradient_share=0.3"]
+    run_ranks(train, 2, "debug", tmp_path / "run", 3, *shared)
     forget_after(2, tmp_path / "run")
     shutil.copytree(tmp_path / "run" / "eval", tmp_path / "whole" / "eval")
     shutil.rmtree(tmp_path / "run" / "eval")
-    run_ranks(train, 2, "debug", tmp_path / "run", 3, *RESUMABLE)
+    run_ranks(train, 2, "debug", tmp_path / "run", 3, *shared)
     torch.testing.assert_close(teacher(tmp_path / "run"), teacher(tmp_path / "whole"), rtol=0, atol=0)
 
 
