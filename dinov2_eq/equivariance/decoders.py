@@ -119,7 +119,7 @@ def sine_cosine(grid: tuple[int, int], dim: int, device: torch.device) -> Tensor
     frequency_i = 10000 ** (-i / (dim / 4)), i < dim / 4; `dim` is a multiple of 4.
     """
     frequencies = 10000.0 ** (-torch.arange(dim // 4, device=device) / (dim // 4))
-    rows, columns = (torch.arange(side, device=device)[:, None] * frequencies for side in grid)  # [side, dim / 4]
+    rows, columns = (torch.arange(side, device=device)[:, None] * frequencies for side in grid)  # [h, dim/4], [w, dim/4]
     rows, columns = rows[:, None].expand(*grid, -1), columns[None].expand(*grid, -1)
     return torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=-1).flatten(0, 1)
 

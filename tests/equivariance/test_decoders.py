@@ -1,19 +1,15 @@
 """Split, decoders and loss."""
 
-import math
-from itertools import product
-
 import pytest
 import torch
-import torch.nn.functional as F
 
-from dinov2_eq.equivariance.decoders import DECODERS, build_decoder, sine_cosine
+from dinov2_eq.equivariance.decoders import DECODERS, build_decoder
 from dinov2_eq.equivariance.split import NoSplit, TokenSplit
 from dinov2_eq.objectives.reconstruction import reconstruction_loss
 
 
-def decoder_of(name, patch_size=8, dim=64, **settings):
-    decoder = build_decoder(name, equivariant_dim=24, patch_size=patch_size, dim=dim, depth=2, **settings)
+def decoder_of(name, patch_size=8, dim=64):
+    decoder = build_decoder(name, equivariant_dim=24, patch_size=patch_size, dim=dim, depth=2)
     torch.manual_seed(0)
     decoder.init_weights()
     return decoder
@@ -61,27 +57,6 @@ def test_decoder_learns_one_pair():
             loss.backward()
             optimizer.step()
         assert loss < 0.5 * target.square().mean()
-
-
-def test_position_embeddings_equal_the_slow_loop():
-    found = sine_cosine((2, 3), 8, torch.device("cpu"))
-    for place, (row, column) in enumerate(product(range(2), range(3))):
-        expected = [
-            function(side * 10000 ** (-i / 2))
-            for side in (row, column)
-            for function in (math.sin, math.cos)
-            for i in (0, 1)
-        ]
-        assert found[place].tolist() == pytest.approx(expected, abs=1e-6)
-
-
-def test_with_positions_equal_tokens_are_told_apart():
-    tokens, settings = torch.randn(1, 1, 24).expand(1, 6, 24), {"positions": True}
-    with_places, without = (decoder_of("cross_attention", **each) for each in (settings, {}))
-    patches = F.unfold(with_places(tokens, tokens, (2, 3)), kernel_size=8, stride=8)[0].T  # [6, 3 * 8 * 8]
-    assert torch.pdist(patches).min() > 1e-4
-    patches = F.unfold(without(tokens, tokens, (2, 3)), kernel_size=8, stride=8)[0].T
-    assert torch.pdist(patches).max() < 1e-5
 
 
 def test_errors():
