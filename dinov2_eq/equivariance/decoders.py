@@ -27,7 +27,6 @@ class DecoderSettings:
     patch_size: int
     dim: int  # width after the first layer
     depth: int  # self-attention layers
-    positions: bool = False  # whether the cross_attention decoder adds the place of each patch to its token
     attention: str = "auto"  # backend of attention layers
 
 
@@ -63,11 +62,7 @@ class ConvDecoder(nn.Module):
 
 class CrossAttentionDecoder(nn.Module):
     """One cross-attention layer (queries: transformed view; keys and values: anchor view), `depth` self-attention
-    layers, one linear layer to pixels (the structure of arXiv 2412.03314; the sizes are ours).
-
-    With `positions`, sine-cosine embeddings of the places are added to the tokens of both views, as in the decoder of
-    MAE (arXiv 2111.06377), so that the tokens need not carry them.
-    """
+    layers, one linear layer to pixels (the structure of arXiv 2412.03314; the sizes are ours)."""
 
     def __init__(self, settings: DecoderSettings) -> None:
         super().__init__()
@@ -78,7 +73,7 @@ class CrossAttentionDecoder(nn.Module):
                 f"give a multiple of {HEAD_DIM}"
             )
         num_heads = dim // HEAD_DIM
-        self.patch_size, self.positions = settings.patch_size, settings.positions
+        self.patch_size = settings.patch_size
         self.linear = nn.Linear(settings.equivariant_dim, dim)
         self.query_norm, self.context_norm = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.cross_attention = CrossAttention(dim, num_heads, backend=attention)
@@ -101,9 +96,6 @@ class CrossAttentionDecoder(nn.Module):
 
     def forward(self, anchor: Tensor, transformed: Tensor, grid: tuple[int, int]) -> Tensor:
         anchor, queries = self.linear(anchor), self.linear(transformed)  # [B, N, D]
-        if self.positions:
-            places = sine_cosine(grid, anchor.shape[-1], anchor.device).to(anchor.dtype)
-            anchor, queries = anchor + places, queries + places
         tokens = queries + self.cross_attention(self.query_norm(queries), self.context_norm(anchor))
         for block in self.blocks:
             tokens = block(tokens)
@@ -111,17 +103,6 @@ class CrossAttentionDecoder(nn.Module):
         # Each token's vector is one p x p patch: fold puts them side by side.
         size = [side * self.patch_size for side in grid]
         return F.fold(patches.transpose(1, 2), size, kernel_size=self.patch_size, stride=self.patch_size)
-
-
-def sine_cosine(grid: tuple[int, int], dim: int, device: torch.device) -> Tensor:
-    """Returns position embeddings [h * w, dim]: sines and cosines of the row, then of the column (MAE).
-
-    frequency_i = 10000 ** (-i / (dim / 4)), i < dim / 4; `dim` is a multiple of 4.
-    """
-    frequencies = 10000.0 ** (-torch.arange(dim // 4, device=device) / (dim // 4))
-    rows, columns = (torch.arange(side, device=device)[:, None] * frequencies for side in grid)  # [h, dim/4], [w, dim/4]
-    rows, columns = rows[:, None].expand(*grid, -1), columns[None].expand(*grid, -1)
-    return torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=-1).flatten(0, 1)
 
 
 DECODERS = {"conv": ConvDecoder, "cross_attention": CrossAttentionDecoder}

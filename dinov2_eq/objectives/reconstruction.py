@@ -61,9 +61,6 @@ class EquivarianceConfig(ObjectiveSettings):
     decoder: str = setting("conv", "architecture of the decoders", choices=tuple(DECODERS))
     decoder_dim: int = setting(256, "width of the decoder after its first layer", interval="[1, inf)")
     decoder_depth: int = setting(2, "self-attention layers of the cross_attention decoder", interval="[0, inf)")
-    decoder_positions: bool = setting(
-        False, "the cross_attention decoder adds the place of each patch to its token, so that tokens need not carry it"
-    )
     max_angle_deg: float = setting(45.0, "rotation is uniform in [-max, max] degrees", interval="[0, 180]")
     max_shift: float = setting(
         10 / 224,
@@ -132,7 +129,6 @@ class EquivarianceConfig(ObjectiveSettings):
                 patch_size=context.patch_size,
                 dim=self.decoder_dim,
                 depth=self.decoder_depth,
-                positions=self.decoder_positions,
                 attention=context.attention,
             )
             for _ in range(self.num_intermediates)
