@@ -8,17 +8,21 @@ class TokenSplit(nn.Module):
 
     The two parts are two linear maps, so that each reader computes its own only: the base losses `invariant`, the
     decoders `equivariant`. Together they are one projection cut in two.
+
+    Args:
+        invariant_dim: None: the invariant part is the whole token, without a projection.
     """
 
-    def __init__(self, dim: int, invariant_dim: int, equivariant_dim: int) -> None:
+    def __init__(self, dim: int, invariant_dim: int | None, equivariant_dim: int) -> None:
         super().__init__()
-        self.invariant = nn.Linear(dim, invariant_dim)
+        self.invariant = nn.Identity() if invariant_dim is None else nn.Linear(dim, invariant_dim)
         self.equivariant = nn.Linear(dim, equivariant_dim)
 
     def init_weights(self) -> None:
         for linear in (self.invariant, self.equivariant):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+            if isinstance(linear, nn.Linear):
+                nn.init.trunc_normal_(linear.weight, std=0.02)
+                nn.init.zeros_(linear.bias)
 
 
 class NoSplit(nn.Module):

@@ -47,7 +47,7 @@ class Features(NamedTuple):
 
     cls: Tensor  # [B, D] class token after the final norm
     patches: Tensor  # [B, N, D] patch tokens after the final norm
-    invariant: Tensor  # [B, 1 + N, D_inv] of class token and patches, trained with DINO and iBOT
+    invariant: Tensor  # [B, 1 + N, D_inv] of class token and patches, seen by the base losses; may be the whole tokens
     equivariant: Tensor  # [B, 1 + N, D_equi] of class token and patches; the decoders trained those of the patches
 
 
@@ -178,8 +178,8 @@ def _with_projection(backbone: DinoVisionTransformer, checkpoint: Checkpoint, pa
             f"{path} has no projection: its tokens were never split into invariant and equivariant parts. Omit "
             f"projection=True, or use weights that have one; {_listed(_with_a_projection())}"
         )
-    sizes = {name: len(state[f"{name}.bias"]) for name in ("invariant", "equivariant")}
-    projection = TokenSplit(backbone.embed_dim, sizes["invariant"], sizes["equivariant"])
+    invariant, equivariant = (state.get(f"{name}.bias") for name in ("invariant", "equivariant"))
+    projection = TokenSplit(backbone.embed_dim, None if invariant is None else len(invariant), len(equivariant))
     _fill(projection, state, "projection", path)
     return BackboneWithProjection(backbone, projection)
 

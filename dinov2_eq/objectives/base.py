@@ -32,7 +32,7 @@ class Needs:
     local_crops: bool = False
     masks: MaskNeed | None = None
     pairing: Callable[[], Pairing] | None = None  # builds the rule by which the second view is made
-    split: tuple[int, int] | None = None  # channels of the invariant and the equivariant part of a token
+    split: tuple[int | None, int] | None = None  # channels of a token's invariant part (None: all) and equivariant part
     targets: tuple[float, ...] = ()  # fractions of theta at which pixels are compared
     shown: tuple[float, ...] = ()  # fractions of theta in pictures of the run, also of a control run
     path: PathViews | None = None  # views that the student encodes beside the global and local crops

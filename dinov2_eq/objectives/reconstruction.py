@@ -55,6 +55,11 @@ class EquivarianceConfig(ObjectiveSettings):
         "canvas", "zeros: black outside the crop (the papers); canvas: real pixels around it", choices=BORDERS
     )
     patch_dim: int = setting(2048, "d_patch: width of the token projection", interval="[1, inf)")
+    invariant_projection: bool = setting(
+        True,
+        "base losses see a projection of each token to patch_dim - equivariant_dim channels (the papers); false: they "
+        "see the whole token, as without the task",
+    )
     equivariant_dim: int = setting(
         512, "d_equi: channels of each projected token that only the decoders see", interval="[1, inf)"
     )
@@ -89,7 +94,7 @@ class EquivarianceConfig(ObjectiveSettings):
         rebuilds = self.loss_weight > 0
         return Needs(
             pairing=self.build_pairing,
-            split=(self.patch_dim - self.equivariant_dim, self.equivariant_dim),
+            split=(self.patch_dim - self.equivariant_dim if self.invariant_projection else None, self.equivariant_dim),
             targets=self.fractions() if rebuilds else (),
             shown=self.fractions(),
             path=self.third_view() if rebuilds and self.view == "third" else None,
@@ -136,7 +141,7 @@ class EquivarianceConfig(ObjectiveSettings):
         return Reconstruction(decoders, context.patch_size)
 
     def problems(self, section: str, context: Context) -> Iterator[str]:
-        if self.equivariant_dim >= self.patch_dim:
+        if self.invariant_projection and self.equivariant_dim >= self.patch_dim:
             yield (
                 f"equivariance.equivariant_dim={self.equivariant_dim} must be less than "
                 f"equivariance.patch_dim={self.patch_dim}, or nothing is left for the base losses"

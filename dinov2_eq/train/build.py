@@ -21,6 +21,7 @@ from dinov2_eq.equivariance.pairing import NoPairing
 from dinov2_eq.equivariance.split import NoSplit, TokenSplit
 from dinov2_eq.fsdp import Policy, load_full, parallelize
 from dinov2_eq.models import BACKBONES
+from dinov2_eq.models.backbone import Backbone
 from dinov2_eq.objectives.base import Needs, Objective
 from dinov2_eq.train.gradient_share import GradientShare
 from dinov2_eq.train.param_groups import build_param_groups
@@ -58,7 +59,7 @@ def build_arch(config: Config, device: torch.device, read_weights: Callable[[], 
     with torch.device("meta"):
         student = _build_network(config, needs, student=True)
         teacher = _build_network(config, needs, student=False) if needs.teacher else None
-        dim = needs.split[0] if needs.split else student["backbone"].embed_dim
+        dim = _invariant_dim(needs, student["backbone"])
         arch = SSLMetaArch(student, teacher, *_build_objectives(config, dim))
     if device.type == "meta":
         return arch
@@ -90,12 +91,16 @@ def build_arch(config: Config, device: torch.device, read_weights: Callable[[], 
 def _build_network(config: Config, needs: Needs, *, student: bool) -> Network:
     settings = config.student if student else replace(config.student, drop_path_rate=0.0)
     backbone = BACKBONES[settings.arch].build(settings, config.crops.global_crops_size)
-    dim = backbone.embed_dim
-    projection = TokenSplit(dim, *needs.split) if needs.split else NoSplit()
-    invariant_dim = needs.split[0] if needs.split else dim
-    sections = config.objectives()
-    heads = {name: sections[section].build_head(invariant_dim) for name, section in needs.heads.items()}
+    projection = TokenSplit(backbone.embed_dim, *needs.split) if needs.split else NoSplit()
+    sections, dim = config.objectives(), _invariant_dim(needs, backbone)
+    heads = {name: sections[section].build_head(dim) for name, section in needs.heads.items()}
     return Network({"backbone": backbone, "projection": projection, **heads})
+
+
+def _invariant_dim(needs: Needs, backbone: Backbone) -> int:
+    """Returns the channels of a token that the base losses see."""
+    dim = needs.split[0] if needs.split else None
+    return backbone.embed_dim if dim is None else dim
 
 
 def _build_objectives(
