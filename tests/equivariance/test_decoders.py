@@ -89,6 +89,13 @@ def test_split_is_one_projection_cut_in_two():
     torch.testing.assert_close(torch.cat(parts, dim=-1), torch.nn.functional.linear(tokens, weight, bias))
 
 
+def test_the_invariant_part_may_be_the_whole_token():
+    split, tokens = TokenSplit(dim=16, invariant_dim=None, equivariant_dim=8), torch.randn(2, 5, 16)
+    split.init_weights()
+    assert split.invariant(tokens) is tokens and split.equivariant(tokens).shape == (2, 5, 8)
+    assert split.equivariant.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
 def test_no_split_hands_tokens_on():
     tokens = torch.randn(2, 5, 16)
     assert NoSplit().invariant(tokens) is tokens

@@ -99,6 +99,19 @@ def test_invariant_and_equivariant_features(released, runs):
 
 
 @torch.no_grad()
+def test_the_invariant_features_may_be_the_whole_tokens(released, runs, tmp_path):
+    content = torch.load(find_checkpoint(runs["split"]), weights_only=True)
+    for name in ("weight", "bias"):
+        del content["teacher"][f"projection.invariant.{name}"]
+    torch.save(content, tmp_path / "whole.pth")
+    features = TINY(weights=tmp_path / "whole.pth", projection=True)(images(48))
+    assert torch.equal(features.invariant, torch.cat([features.cls.unsqueeze(1), features.patches], dim=1))
+    torch.testing.assert_close(
+        features.equivariant, TINY(weights=find_checkpoint(runs["split"]), projection=True)(images(48)).equivariant
+    )
+
+
+@torch.no_grad()
 def test_another_image_size_keeps_the_features_at_that_size(released):
     torch.testing.assert_close(TINY(img_size=48)(images(48)), TINY()(images(48)), atol=1e-4, rtol=0)
 

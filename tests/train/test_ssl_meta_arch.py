@@ -138,6 +138,16 @@ def test_the_third_view_is_for_the_decoders_alone():
     assert PATH not in control.groups and len(control.targets) == 0
 
 
+def test_with_whole_tokens_the_control_of_a_third_view_is_the_plain_method():
+    third = ["equivariance.view=third", "equivariance.border=zeros", "equivariance.invariant_projection=false"]
+    _, control = forward(tiny_config(*third, "equivariance.loss_weight=0"))
+    _, plain = forward(tiny_config("equivariance.enabled=false"))
+    assert control.losses == plain.losses and control.total == plain.total
+    arch, task = forward(tiny_config(*third))
+    task.losses["reconstruction"].backward()
+    assert gradient_norm(arch.student["backbone"]) > 0 and gradient_norm(arch.student["projection"]) > 0
+
+
 def test_a_third_view_of_local_size():
     """The decoders read, and rebuild, u and g(u) shrunk to the size of a local crop."""
     third = ["equivariance.view=third", "equivariance.border=zeros", "student.drop_path_rate=0"]
