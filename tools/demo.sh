@@ -24,13 +24,14 @@ train() {
 }
 probe() {
     exec "$program" eval "$1" --pretrained-weights "$2" --output-dir "$2" --num-workers 0 \
-        --train-dataset Shapes:split=TRAIN --val-dataset Shapes:split=VAL "${@:3}"
+        --train-dataset Shapes:split=TRAIN:size=48 --val-dataset Shapes:split=VAL:size=48 "${@:3}"
 }
 knn() {
-    probe knn "$1" --max-images 1000 --nb_knn 20
+    probe knn "$1" --nb_knn 20
 }
 equivariance() {
-    probe equivariance "$1" --max-train-images 500 --max-val-images 300 --max-shift 0.125 --hidden-dim 256 --epochs 20
+    probe equivariance "$1" --tasks rotation translation --tokens both grid2 \
+        --max-train-images 2000 --max-val-images 1000 --max-shift 0.125 --hidden-dim 256 --epochs 20
 }
 
 run_both train

@@ -25,8 +25,8 @@ CLAIMS = {
     ),
     "reconstructions": (
         "Reconstructions during training",
-        "One decoder per target reconstructs a view between u and v\u2082 from the equivariant features of v\u2081 and "
-        "v\u2082 alone. From left to right, the reconstructions should approach the shape and orientation of the "
+        "One decoder per target reconstructs a view between u and g(u) from equivariant features alone: those of "
+        "v\u2081 and g(u), or, with a third view, of u and g(u). From left to right, the reconstructions should approach the shape and orientation of the "
         "target. Under each step is the peak signal-to-noise ratio over all stored images: 3 dB more means half the "
         "squared error.",
     ),

@@ -14,7 +14,7 @@ from dinov2_eq.report.runs import Run, Snapshot, load_snapshot
 NUM_IMAGES = 3
 NUM_SNAPSHOTS = 5
 SHOWN_SIDE = 96  # CSS pixels of a picture on the page
-VIEW_HEADS = ["anchor<br>view v\u2081", "base<br>view u", "transformed<br>view v\u2082 = g(u)"]
+VIEW_HEADS = ["anchor<br>view v\u2081", "base<br>view u", "transformed<br>view g(u)"]
 SAMPLING = "evaluation.sample_period_steps=1250"
 
 
