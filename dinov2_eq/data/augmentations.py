@@ -42,9 +42,17 @@ class MultiCrop:
         crops: sizes, scales and augmentation.
         pairing: says how large the canvas is, and draws what links the second view to the first.
         num_local: local crops of each image.
+
+    Raises:
+        ValueError: the images come in pairs, and some would be mirrored.
     """
 
     def __init__(self, crops: CropsConfig, pairing: Pairing, num_local: int) -> None:
+        if pairing.reads_pairs and crops.horizontal_flip > 0:
+            raise ValueError(
+                f"crops.horizontal_flip={crops.horizontal_flip} mirrors images of a pair, so that theta no longer leads "
+                "from one to the other; set it to 0"
+            )
         self.horizontal_flip = crops.horizontal_flip
         self.jitter_prob = crops.jitter_prob
         self.jitter = torch.tensor(list(crops.jitter))

@@ -92,9 +92,9 @@ def entries(monkeypatch):
 
 
 ALONE = [*TINY, "pose.loss_weight=1", "dino.loss_weight=0", "dino.koleo_loss_weight=0", "ibot.loss_weight=0"]
-ALONE += ["equivariance.enabled=false", "train.dataset_path=Bars"]
+ALONE += ["equivariance.enabled=false", "train.dataset_path=Bars", "crops.horizontal_flip=0"]
 STILL = ["crops.jitter=[0,0,0,0]", "crops.grey_prob=0", "crops.blur_prob=[0,0,0]", "crops.solarize_prob=0"]
-STILL += ["crops.horizontal_flip=0", "crops.global_crops_scale=[1,1]", "train.batch_size_per_gpu=16"]
+STILL += ["crops.global_crops_scale=[1,1]", "train.batch_size_per_gpu=16"]
 
 
 def test_views_are_the_images_of_a_pair():
@@ -132,6 +132,11 @@ def test_single_images_are_refused(tmp_path, capsys):
     assert "'Shapes:size=32' has single images, and an objective of the config needs pairs" in capsys.readouterr().err
 
 
+def test_mirrored_pairs_are_refused():
+    with pytest.raises(ValueError, match=r"crops\.horizontal_flip=0\.5 mirrors images of a pair"):
+        MultiCrop(CropsConfig(), RenderedPairing(("angle",)), num_local=0)
+
+
 def test_between_the_images_there_is_nothing():
     config = load_config("debug", [*ALONE, "pose.at=0.5"])
     batch = next(iter(build_train_loader(config, build_dataset("Bars"), 0, 0)))
@@ -140,7 +145,7 @@ def test_between_the_images_there_is_nothing():
 
 
 def test_the_names_of_the_parameters_must_fit():
-    multi_crop = MultiCrop(CropsConfig(), RenderedPairing(("angle",)), num_local=0)
+    multi_crop = MultiCrop(CropsConfig(horizontal_flip=0), RenderedPairing(("angle",)), num_local=0)
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(
         ValueError, match=r"theta of a pair of images has shape \[2\], not one number for each of angle"
