@@ -50,8 +50,8 @@ class MultiCrop:
     def __init__(self, crops: CropsConfig, pairing: Pairing, num_local: int) -> None:
         if pairing.reads_pairs and crops.horizontal_flip > 0:
             raise ValueError(
-                f"crops.horizontal_flip={crops.horizontal_flip} mirrors images of a pair, so that theta no longer leads "
-                "from one to the other; set it to 0"
+                f"crops.horizontal_flip={crops.horizontal_flip} mirrors images of a pair, so that theta no longer "
+                "leads from one to the other; set it to 0"
             )
         self.horizontal_flip = crops.horizontal_flip
         self.jitter_prob = crops.jitter_prob

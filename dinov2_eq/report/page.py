@@ -26,9 +26,9 @@ CLAIMS = {
     "reconstructions": (
         "Reconstructions during training",
         "One decoder per target reconstructs a view between u and g(u) from equivariant features alone: those of "
-        "v\u2081 and g(u), or, with a third view, of u and g(u). From left to right, the reconstructions should approach the shape and orientation of the "
-        "target. Under each step is the peak signal-to-noise ratio over all stored images: 3 dB more means half the "
-        "squared error.",
+        "v\u2081 and g(u), or, with a third view, of u and g(u). From left to right, the reconstructions should "
+        "approach the shape and orientation of the target. Under each step is the peak signal-to-noise ratio over "
+        "all stored images: 3 dB more means half the squared error.",
     ),
     "feature-maps": (
         "Do the features rotate with the image?",
