@@ -23,7 +23,8 @@ def write_run(folder, *overrides, ks=(10, 20), random_init=False, **protocol):
     (folder / "training_metrics.jsonl").write_text('{"step": 1, "images_per_second": 50}\n')
     encoders = {"trained": 0.75, "random-init": 0.25} if random_init else {"trained": 0.75}
     rows = [
-        {"encoder": name, "task": task, "border": border, "r2_pooled": r2, "r2_mean": r2, "r2_components": {"p": r2}}
+        {"encoder": name, "tokens": "both", "task": task, "border": border}
+        | {"r2_pooled": r2, "r2_mean": r2, "r2_components": {"p": r2}}
         for name, r2 in encoders.items()
         for task, borders in BORDERS.items()
         for border in borders
@@ -33,7 +34,8 @@ def write_run(folder, *overrides, ks=(10, 20), random_init=False, **protocol):
         for name, r2 in encoders.items()
         for mean in collect_results.MEANS
     ]
-    common = {"train_dataset": data, "val_dataset": data, "seconds": 1.5, "random_init": random_init, **protocol}
+    common = {"train_dataset": data, "val_dataset": data, "seconds": 1.5, "random_init": random_init}
+    common |= {"num_val_images": 100, **protocol}
     head = {"protocol": common, "encoder": {"step": 10}}
     accuracies = {"full": {str(k): {"top1": 30 + k} for k in ks}}
     (folder / "results_eval_knn.json").write_text(json.dumps({**head, "results": accuracies}))
