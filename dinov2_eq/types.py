@@ -4,10 +4,12 @@ Shape letters: B batch, C channels, H and W height and width, V views of one gro
 N patches, D feature size, A parameters of the transform g, F fractions of theta. The view axis always comes first.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from PIL import Image
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # models of torch.hub need torch alone
+    from PIL import Image
 
 
 class PhotometricParams(NamedTuple):
@@ -38,8 +40,8 @@ class PathViews(NamedTuple):
 class ImagePair(NamedTuple):
     """Two images of one scene, such as renderings of an object in two poses."""
 
-    first: Image.Image  # RGB; the anchor view and the local crops are cut from it
-    second: Image.Image  # RGB; becomes the second global view
+    first: "Image.Image"  # RGB; the anchor view and the local crops are cut from it
+    second: "Image.Image"  # RGB; becomes the second global view
     theta: Tensor | None  # [A] what leads from the first to the second; None: nobody knows
 
 

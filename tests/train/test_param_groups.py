@@ -60,7 +60,13 @@ def test_each_part_has_its_own_learning_rate():
         {"params": [parameter], "lr_multiplier": 1.0, "wd_multiplier": 1.0, "part": "other"},
     ]
     values = ScheduledValues(
-        lr=0.1, last_layer_lr=0.0, backbone_lr=0.2, weight_decay=0.3, teacher_momentum=0.99, teacher_temp=0.04
+        lr=0.1,
+        last_layer_lr=0.0,
+        backbone_lr=0.2,
+        weight_decay=0.3,
+        teacher_momentum=0.99,
+        teacher_temp=0.04,
+        progress=0.5,
     )
     apply_schedule(groups, values)
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.1, 0.3), (0.0, 0.0), (0.1, 0.3)]
