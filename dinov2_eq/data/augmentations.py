@@ -80,8 +80,8 @@ class MultiCrop:
         """Crops one RGB image, or a pair of them; `position` and `skipped` go into the `Sample` as they are."""
         num_views = len(self.sizes)
         pair = item if isinstance(item, ImagePair) else None
-        images = [pair.first if pair else item] * num_views
-        images[1] = pair.second if pair else item
+        first, second = (pair.first, pair.second) if pair else (item, item)
+        images = [first, second, *[first] * (num_views - 2)]
         boxes = [draw_crop_box(image.size, scale, generator) for image, scale in zip(images, self.scales, strict=True)]
         flips = (torch.rand(num_views, generator=generator) < self.horizontal_flip).tolist()
         photometric = self._draw_photometric(generator)

@@ -1,6 +1,11 @@
 """Token projection and split: z = [z_inv ; z_equi] = [W_inv t ; W_equi t] (arXiv 2503.18753, section 3)."""
 
-from torch import nn
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+PREFIX = "projection."
 
 
 class TokenSplit(nn.Module):
@@ -23,6 +28,20 @@ class TokenSplit(nn.Module):
             if isinstance(linear, nn.Linear):
                 nn.init.trunc_normal_(linear.weight, std=0.02)
                 nn.init.zeros_(linear.bias)
+
+
+def projection_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns the projection's weights in a teacher checkpoint or release; {}: its tokens were never split."""
+    content = checkpoint.get("teacher", checkpoint)
+    weights = {name.removeprefix(PREFIX): tensor for name, tensor in content.items() if name.startswith(PREFIX)}
+    # Weights of others may use the prefix for something else.
+    return weights if weights.keys() >= {"equivariant.weight", "equivariant.bias"} else {}
+
+
+def split_like(weights: Mapping[str, Tensor], dim: int) -> TokenSplit:
+    """Builds a split with the parts that `weights`, from `projection_of`, are of; it does not load them."""
+    invariant = weights.get("invariant.bias")
+    return TokenSplit(dim, None if invariant is None else len(invariant), len(weights["equivariant.bias"]))
 
 
 class NoSplit(nn.Module):

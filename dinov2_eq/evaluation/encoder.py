@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_eq.config.load import load_config, to_dict
-from dinov2_eq.equivariance.split import TokenSplit
+from dinov2_eq.equivariance.split import TokenSplit, projection_of, split_like
 from dinov2_eq.models import BACKBONES, DinoVisionTransformer, build_backbone
 from dinov2_eq.models.convert import adapt, backbone_arguments, describe_misfit, infer_architecture
 from dinov2_eq.models.foreign_backbones import (
@@ -151,23 +151,22 @@ def _load_file(source: str, path: Path, config_file: str | None) -> Encoder:
         description=_describe(source, backbone, image_size, num_tensors)
         | {"checkpoint": str(path.resolve()), "step": step, **details},
         untrained=untrained,
-        equivariant=_equivariant_half(content),
+        equivariant=_equivariant_half(content, backbone.embed_dim),
     )
 
 
-def _equivariant_half(content: Mapping[str, Any]) -> nn.Linear | None:
-    """Returns the trained map from tokens to their equivariant half, from a checkpoint or release of this project."""
-    state = content.get("teacher", content)
-    weight, bias = (state.get(f"projection.equivariant.{name}") for name in ("weight", "bias"))
-    if weight is None or bias is None:
+def _equivariant_half(content: Mapping[str, Any], dim: int) -> nn.Linear | None:
+    """Returns the trained map from tokens [..., dim] to their equivariant half; None: they were never split."""
+    weights = projection_of(content)
+    if not weights:
         return None
-    half = nn.Linear(weight.shape[1], weight.shape[0])
-    half.load_state_dict({"weight": weight, "bias": bias})
-    return _frozen(half)
+    split = split_like(weights, dim)
+    split.load_state_dict(weights)
+    return _frozen(split).equivariant
 
 
 def _fresh_half(trained: nn.Linear) -> nn.Linear:
-    split = TokenSplit(trained.in_features, 1, trained.out_features)
+    split = TokenSplit(trained.in_features, None, trained.out_features)
     split.init_weights()
     return split.equivariant
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dinov2_eq.equivariance.split import TokenSplit
+from dinov2_eq.equivariance.split import TokenSplit, projection_of, split_like
 from dinov2_eq.hub.manifest import Release, download, find_file, read_manifest, weights_folder
 from dinov2_eq.models import ARCHS, DinoVisionTransformer, build_backbone
 from dinov2_eq.models.convert import adapt, backbone_arguments, describe_misfit, infer_architecture, to_dinov2
@@ -18,7 +18,6 @@ LETTERS = {"t": "vit_tiny", "s": "vit_small", "b": "vit_base", "l": "vit_large",
 PATCH_SIZES = (8, 14, 16)
 NUM_REGISTERS = 4
 IMG_SIZE = 224
-PROJECTION = "projection."
 
 DOCSTRING = """{arch}, patches of {patch_size} pixels{registers}: {depth} blocks, tokens of {embed_dim} channels.
 
@@ -171,15 +170,13 @@ def _inferred(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], None]:
 
 
 def _with_projection(backbone: DinoVisionTransformer, checkpoint: Checkpoint, path: Path) -> BackboneWithProjection:
-    content = checkpoint.content.get("teacher", checkpoint.content)
-    state = {name.removeprefix(PROJECTION): tensor for name, tensor in content.items() if name.startswith(PROJECTION)}
+    state = projection_of(checkpoint.content)
     if not state:
         raise ValueError(
             f"{path} has no projection: its tokens were never split into invariant and equivariant parts. Omit "
             f"projection=True, or use weights that have one; {_listed(_with_a_projection())}"
         )
-    invariant, equivariant = (state.get(f"{name}.bias") for name in ("invariant", "equivariant"))
-    projection = TokenSplit(backbone.embed_dim, None if invariant is None else len(invariant), len(equivariant))
+    projection = split_like(state, backbone.embed_dim)
     _fill(projection, state, "projection", path)
     return BackboneWithProjection(backbone, projection)
 

@@ -128,11 +128,16 @@ class Run:
 
     def border_free_r2(self, task: str) -> dict[str, float]:
         """R2 of the trained encoder where all pixels are real, by tokens; of several heads the first."""
-        results, found = self.equivariance or {"rows": []}, {}
-        for row in [*results["rows"], *results.get("variants", {"rows": []})["rows"]]:
+        found: dict[str, float] = {}
+        for row in _rows_with_variants(self.equivariance) if self.equivariance else ():
             if row["task"] == task and row["encoder"] == "trained" and row["border"] not in FAINT_BORDERS:
                 found.setdefault(row["tokens"], row["r2_pooled"])
         return found
+
+
+def r2_label(task: str, tokens: str) -> str:
+    """Names an R2 in a table."""
+    return f"R\u00b2 of {task.replace('_', ' ')}, {TOKENS.get(tokens, tokens)}"
 
 
 def all_tasks(runs: Sequence[Run]) -> list[str]:
@@ -263,9 +268,14 @@ def _check_accuracies(results: dict[str, Any]) -> None:
 
 
 def _check_scores(results: dict[str, Any]) -> None:
-    for row in [*results["rows"], *results.get("variants", {"rows": []})["rows"]]:
+    for row in _rows_with_variants(results):
         check_types((row["task"], row["border"], row["encoder"], row["tokens"]), str)
         check_types((row["r2_pooled"], row["r2_mean"], *row["r2_components"].values()), int | float)
+
+
+def _rows_with_variants(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """All rows of an equivariance evaluation, those of the main tokens and head first."""
+    return [*results["rows"], *results.get("variants", {"rows": []})["rows"]]
 
 
 def _step_in(name: str) -> int:

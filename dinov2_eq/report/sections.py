@@ -6,7 +6,7 @@ from typing import Any
 
 from dinov2_eq.report.figures import Bar, Curve, bar_panel, curve_panel
 from dinov2_eq.report.html import badge, figure, labelled_row, missing, panels, table
-from dinov2_eq.report.runs import BORDERS, FAINT_BORDERS, TOKENS, Run, all_tasks
+from dinov2_eq.report.runs import BORDERS, FAINT_BORDERS, Run, all_tasks, r2_label
 
 ABSENT = "\u2013"
 
@@ -130,8 +130,9 @@ def _headline_results(runs: Sequence[Run]) -> list[str]:
     for task in all_tasks(runs):
         scores = [run.border_free_r2(task) for run in runs]
         for tokens in list(dict.fromkeys(name for by_tokens in scores for name in by_tokens)):
-            label = f"R\u00b2 of {_words(task)}, {TOKENS.get(tokens, tokens)}"
-            rows.append(labelled_row(label, [_number(by_tokens, tokens, ".3f") for by_tokens in scores]))
+            rows.append(
+                labelled_row(r2_label(task, tokens), [_number(by_tokens, tokens, ".3f") for by_tokens in scores])
+            )
     return rows or [labelled_row("evaluations", ["none yet"] * len(runs))]
 
 

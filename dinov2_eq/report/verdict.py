@@ -6,7 +6,7 @@ from html import escape
 from statistics import fmean
 
 from dinov2_eq.report.html import badge, labelled_row, table
-from dinov2_eq.report.runs import TOKENS, Run, all_tasks
+from dinov2_eq.report.runs import Run, all_tasks, r2_label
 
 CLEAR_R2 = 0.02  # a smaller difference is called none
 CLEAR_ERRORS = 2.0  # standard errors; a smaller difference of accuracies is called none
@@ -57,8 +57,7 @@ def _accuracy_finding(task: Run, control: Run) -> str:
 def _numbers(task: Run, control: Run) -> str:
     rows = []
     for name, tokens, ours, theirs in _shared_scores(task, control):
-        label = f"R\u00b2 of {name.replace('_', ' ')}, {TOKENS.get(tokens, tokens)}"
-        rows.append(labelled_row(label, [f"{ours:.3f}", f"{theirs:.3f}", f"{ours - theirs:+.3f}"]))
+        rows.append(labelled_row(r2_label(name, tokens), [f"{ours:.3f}", f"{theirs:.3f}", f"{ours - theirs:+.3f}"]))
     label, _ = _shared_accuracy(task, control)
     if label:
         ours, theirs = task.accuracies()[label], control.accuracies()[label]
