@@ -14,7 +14,7 @@ from dinov2_eq.distributed import is_main_process
 from dinov2_eq.equivariance.pairing import Pairing
 from dinov2_eq.settings import CropsConfig
 from dinov2_eq.train.step import Run
-from dinov2_eq.types import GLOBAL, PATH, CollatedBatch, PathViews, Scene
+from dinov2_eq.types import GLOBAL, CollatedBatch, PathViews, Scene
 
 NUM_IMAGES = 6
 
@@ -24,7 +24,7 @@ class SampleWriter:
 
     Args:
         fractions: fractions of theta to show, also in a control run without reconstruction.
-        path: extra views that the student encodes for one objective; the last is shown as the transformed view.
+        path: extra views that the student encodes for one objective.
     """
 
     def __init__(
@@ -41,15 +41,14 @@ class SampleWriter:
         self.run = run
         self.mean, self.std = (torch.tensor(list(value))[:, None, None] for value in (crops.mean, crops.std))
         batch = to_device(_first(batch, NUM_IMAGES), run.device)
-        make = partial(make_views, crops=crops, pairing=pairing, targets=fractions, path=path)
+        make = partial(make_views, crops=crops, pairing=pairing, targets=[*fractions, 1.0], path=path)
         self.views = make(batch)
         still = make(batch._replace(theta=torch.zeros_like(batch.theta)))
-        group = PATH if path else GLOBAL
         self.arrays = {
             "anchor_view": self._pixels(self.views.groups[GLOBAL].images[0]),
-            "base_view": self._pixels(still.groups[group].images[-1]),  # g with theta = 0
-            "transformed_view": self._pixels(self.views.groups[group].images[-1]),
-            "intermediate_targets": self._pixels(self.views.targets),
+            "base_view": self._pixels(still.targets[-1]),  # g with theta = 0
+            "transformed_view": self._pixels(self.views.targets[-1]),
+            "intermediate_targets": self._pixels(self.views.targets[:-1]),
             "fractions": np.array(fractions),
             "theta": batch.theta.cpu().numpy(),
             "components": np.array(pairing.components, dtype=np.str_),

@@ -175,10 +175,16 @@ def test_files_of_a_run(tmp_path):
     assert not np.array_equal(samples["base_view"], samples["transformed_view"])
 
 
-def test_samples_of_the_control_have_targets_but_no_reconstructions(tmp_path):
-    do_train(tiny_config("equivariance.loss_weight=0", "evaluation.sample_period_steps=3"), tmp_path)
-    samples = np.load(tmp_path / "samples" / "step_0000003.npz")
+@pytest.mark.parametrize("view", ["second", "third"])
+def test_samples_of_the_control_have_targets_but_no_reconstructions(tmp_path, view):
+    task = [f"equivariance.view={view}", "evaluation.sample_period_steps=3"]
+    do_train(tiny_config("equivariance.loss_weight=0", *task), tmp_path / "control")
+    do_train(tiny_config(*task), tmp_path / "task")
+    samples, others = (np.load(tmp_path / name / "samples/step_0000003.npz") for name in ("control", "task"))
     assert "reconstructions" not in samples and samples["intermediate_targets"].shape[0] == 2
+    for name in ("base_view", "transformed_view", "intermediate_targets", "theta"):
+        assert np.array_equal(samples[name], others[name])
+    assert not np.array_equal(samples["base_view"], samples["transformed_view"])
 
 
 def test_pictures_do_not_change_the_run(finished, tmp_path):
