@@ -60,26 +60,31 @@ class ConvDecoder(nn.Module):
         return maps
 
 
-class CrossAttentionDecoder(nn.Module):
-    """One cross-attention layer (queries: transformed view; keys and values: anchor view), `depth` self-attention
-    layers, one linear layer to pixels (the structure of arXiv 2412.03314; the sizes are ours)."""
+class SelfAttentionDecoder(nn.Module):
+    """One linear layer on the tokens of both views, patch by patch, then `depth` self-attention layers and one linear
+    layer to pixels (ours: the first layer of `ConvDecoder`, the last ones of `CrossAttentionDecoder`)."""
 
     def __init__(self, settings: DecoderSettings) -> None:
         super().__init__()
         dim, attention = settings.dim, settings.attention
         if dim % HEAD_DIM:
             raise ValueError(
-                f"equivariance.decoder_dim={dim}: the cross_attention decoder has heads of {HEAD_DIM} channels; "
+                f"equivariance.decoder_dim={dim}: decoders with attention have heads of {HEAD_DIM} channels; "
                 f"give a multiple of {HEAD_DIM}"
             )
-        num_heads = dim // HEAD_DIM
         self.patch_size = settings.patch_size
-        self.linear = nn.Linear(settings.equivariant_dim, dim)
-        self.query_norm, self.context_norm = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.cross_attention = CrossAttention(dim, num_heads, backend=attention)
-        self.blocks = nn.ModuleList(Block(dim, num_heads, backend=attention) for _ in range(settings.depth))
+        self.add_first_layers(settings, dim // HEAD_DIM)
+        self.blocks = nn.ModuleList(Block(dim, dim // HEAD_DIM, backend=attention) for _ in range(settings.depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pixels = nn.Linear(dim, 3 * self.patch_size**2)
+
+    def add_first_layers(self, settings: DecoderSettings, num_heads: int) -> None:
+        """Adds the layers of `join`."""
+        self.linear = nn.Linear(2 * settings.equivariant_dim, settings.dim)
+
+    def join(self, anchor: Tensor, transformed: Tensor) -> Tensor:
+        """Returns one token for each patch from those of the two views, [B, N, D]."""
+        return self.linear(torch.cat([anchor, transformed], dim=-1))
 
     def stages(self) -> nn.ModuleList:
         """Returns the parts to shard and to compile, as a backbone does."""
@@ -95,8 +100,7 @@ class CrossAttentionDecoder(nn.Module):
                 module.reset_parameters()
 
     def forward(self, anchor: Tensor, transformed: Tensor, grid: tuple[int, int]) -> Tensor:
-        anchor, queries = self.linear(anchor), self.linear(transformed)  # [B, N, D]
-        tokens = queries + self.cross_attention(self.query_norm(queries), self.context_norm(anchor))
+        tokens = self.join(anchor, transformed)
         for block in self.blocks:
             tokens = block(tokens)
         patches = self.pixels(self.norm(tokens))  # [B, N, 3 p p]
@@ -105,7 +109,26 @@ class CrossAttentionDecoder(nn.Module):
         return F.fold(patches.transpose(1, 2), size, kernel_size=self.patch_size, stride=self.patch_size)
 
 
-DECODERS = {"conv": ConvDecoder, "cross_attention": CrossAttentionDecoder}
+class CrossAttentionDecoder(SelfAttentionDecoder):
+    """One cross-attention layer (queries: transformed view; keys and values: anchor view), `depth` self-attention
+    layers, one linear layer to pixels (the structure of arXiv 2412.03314; the sizes are ours)."""
+
+    def add_first_layers(self, settings: DecoderSettings, num_heads: int) -> None:
+        dim = settings.dim
+        self.linear = nn.Linear(settings.equivariant_dim, dim)
+        self.query_norm, self.context_norm = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.cross_attention = CrossAttention(dim, num_heads, backend=settings.attention)
+
+    def join(self, anchor: Tensor, transformed: Tensor) -> Tensor:
+        anchor, queries = self.linear(anchor), self.linear(transformed)  # [B, N, D]
+        return queries + self.cross_attention(self.query_norm(queries), self.context_norm(anchor))
+
+
+DECODERS = {
+    "conv": ConvDecoder,
+    "cross_attention": CrossAttentionDecoder,
+    "self_attention": SelfAttentionDecoder,
+}
 
 
 def build_decoder(name: str, **settings) -> nn.Module:

@@ -65,7 +65,7 @@ class EquivarianceConfig(ObjectiveSettings):
     )
     decoder: str = setting("conv", "architecture of the decoders", choices=tuple(DECODERS))
     decoder_dim: int = setting(256, "width of the decoder after its first layer", interval="[1, inf)")
-    decoder_depth: int = setting(2, "self-attention layers of the cross_attention decoder", interval="[0, inf)")
+    decoder_depth: int = setting(2, "self-attention layers of the decoders that have them", interval="[0, inf)")
     max_angle_deg: float = setting(45.0, "rotation is uniform in [-max, max] degrees", interval="[0, 180]")
     max_shift: float = setting(
         10 / 224,
@@ -163,10 +163,10 @@ class EquivarianceConfig(ObjectiveSettings):
                 f"equivariance.gradient_share_end={self.gradient_share_end} needs equivariance.gradient_share, the "
                 "share at the first step"
             )
-        if self.decoder == "cross_attention" and self.decoder_dim % HEAD_DIM:
+        if self.decoder != "conv" and self.decoder_dim % HEAD_DIM:
             yield (
                 f"equivariance.decoder_dim={self.decoder_dim} must be a multiple of {HEAD_DIM}, "
-                "the width of a head, for equivariance.decoder=cross_attention"
+                f"the width of a head, for equivariance.decoder={self.decoder}"
             )
 
     def cautions(self, section: str, context: Context) -> Iterator[str]:

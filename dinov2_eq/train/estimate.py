@@ -21,9 +21,9 @@ from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
 
 GIB = 1024**3
 HALF_BYTES = 2
-# Values that autograd keeps in a decoder beyond its inputs, per unit of its width. Cross-attention: beyond its blocks.
+# Values that autograd keeps in a decoder beyond its inputs and its blocks, per unit of its width.
 CONV_KEPT_PER_PIXEL = 0.55
-CROSS_ATTENTION_KEPT_PER_PATCH = 6
+ATTENTION_KEPT_PER_PATCH = {"cross_attention": 6, "self_attention": 1}
 
 
 def count_parameters(modules: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -128,7 +128,7 @@ def _decoders(config: Config, arch: SSLMetaArch, compute_bytes: int) -> float:
         values += CONV_KEPT_PER_PIXEL * task.decoder_dim * config.student.patch_size**2
         kept = compute_bytes * values
     else:
-        values += CROSS_ATTENTION_KEPT_PER_PATCH * task.decoder_dim
+        values += ATTENTION_KEPT_PER_PATCH[task.decoder] * task.decoder_dim
         blocks = arch.objectives["reconstruction"].decoders[0].blocks
         kept = compute_bytes * values + sum(kept_per_token(block, compute_bytes) for block in blocks)
     return task.num_intermediates * batch * rows * columns * kept

@@ -27,7 +27,10 @@ from dinov2_eq.objectives.reconstruction import EquivarianceConfig
         ),
         ("equivariance.num_intermediates=0", "equivariance.num_intermediates=0 must be at least 1"),
         ("equivariance.border=reflect", "equivariance.border='reflect' is not one of zeros, canvas"),
-        ("equivariance.decoder=convs", "equivariance.decoder='convs' is not one of conv, cross_attention"),
+        (
+            "equivariance.decoder=convs",
+            "equivariance.decoder='convs' is not one of conv, cross_attention, self_attention",
+        ),
         ("student.arch=vit_smal", "student.arch='vit_smal' is not one of vit_tiny, vit_small"),
         ("ibot.mask_ratio_min_max=[0.5,0.1]", r"ibot.mask_ratio_min_max=\[0.5, 0.1\] must be .* low <= high"),
         ("crops.jitter=[0.4,0.4,0.2]", r"must have 4 numbers: \[brightness, contrast, saturation, hue\]"),
@@ -54,9 +57,10 @@ def test_all_mistakes_at_once():
     assert "warmup_steps" in str(caught.value) and "global_crops_size" in str(caught.value)
 
 
-def test_the_cross_attention_decoder_has_heads():
-    with pytest.raises(ValueError, match=r"equivariance.decoder_dim=100 must be a multiple of 64"):
-        load_config(None, ["equivariance.decoder=cross_attention", "equivariance.decoder_dim=100"])
+@pytest.mark.parametrize("decoder", ["cross_attention", "self_attention"])
+def test_decoders_with_attention_have_heads(decoder):
+    with pytest.raises(ValueError, match=rf"decoder_dim=100 must be a multiple of 64.*decoder={decoder}"):
+        load_config(None, [f"equivariance.decoder={decoder}", "equivariance.decoder_dim=100"])
 
 
 def test_a_disabled_task_is_not_checked():

@@ -33,9 +33,10 @@ def test_both_views_matter_and_get_gradients(name):
     assert all(parameter.grad is not None for parameter in decoder.parameters())
 
 
-def test_cross_attention_puts_each_patch_in_its_place():
-    """A change in the query token of one patch changes that patch most."""
-    decoder = decoder_of("cross_attention").eval()
+@pytest.mark.parametrize("name", ["cross_attention", "self_attention"])
+def test_attention_puts_each_patch_in_its_place(name):
+    """A change in the transformed view's token of one patch changes that patch most."""
+    decoder = decoder_of(name).eval()
     anchor, transformed = torch.randn(2, 1, 12, 24)
     changed = transformed.clone()
     changed[0, 7] += 3.0  # row 1, column 3 of a 3 x 4 grid
@@ -60,10 +61,11 @@ def test_decoder_learns_one_pair():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="unknown decoder; available: conv, cross_attention"):
+    with pytest.raises(ValueError, match="unknown decoder; available: conv, cross_attention, self_attention"):
         decoder_of("mlp")
-    with pytest.raises(ValueError, match=r"decoder_dim=100.*multiple of 64"):
-        decoder_of("cross_attention", dim=100)
+    for name in ("cross_attention", "self_attention"):
+        with pytest.raises(ValueError, match=r"decoder_dim=100.*multiple of 64"):
+            decoder_of(name, dim=100)
 
 
 def test_loss_equals_the_slow_loop():

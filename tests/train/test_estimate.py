@@ -64,7 +64,9 @@ def test_what_a_resnet_keeps(arch):
 
 
 # In float32 alone: on a CPU autocast runs the decoders' upsampling in float32, on a GPU in bfloat16.
-@pytest.mark.parametrize(("decoder", "patch_size"), [("conv", 16), ("conv", 14), ("cross_attention", 16)])
+@pytest.mark.parametrize(
+    ("decoder", "patch_size"), [("conv", 16), ("conv", 14), ("cross_attention", 16), ("self_attention", 16)]
+)
 def test_activations_of_a_forward(decoder, patch_size):
     """Two blocks of ViT-S with heads and decoders of the usual proportions, on crops of 224 and 7 patches."""
     config = load_config(

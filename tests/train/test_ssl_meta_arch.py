@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dinov2_eq.data.datasets import build_dataset
+from dinov2_eq.equivariance.decoders import DECODERS
 from dinov2_eq.equivariance.transforms import build_transform
 from dinov2_eq.objectives.dino import dino_loss
 from dinov2_eq.objectives.ibot import ibot_loss
@@ -167,7 +168,7 @@ def test_a_third_view_of_local_size():
 
 
 @pytest.mark.parametrize("num_intermediates", [1, 2, 3])
-@pytest.mark.parametrize("decoder", ["conv", "cross_attention"])
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_any_number_of_intermediates(num_intermediates, decoder):
     config = tiny_config(f"equivariance.num_intermediates={num_intermediates}", f"equivariance.decoder={decoder}")
     arch, output = forward(config)
