@@ -15,10 +15,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from dinov2_eq.data.datasets import ImageDataset, build_dataset
+from dinov2_eq.data.datasets import ImageDataset, build_dataset, require_labels
 from dinov2_eq.data.loaders import fixed_subset, read_to_evaluate, resize_and_crop
 from dinov2_eq.equivariance.transforms import build_transform
-from dinov2_eq.evaluation.command_line import format_table
+from dinov2_eq.evaluation.command_line import format_table, positive
 from dinov2_eq.evaluation.encoder import Encoder, load_encoder
 from dinov2_eq.evaluation.side_by_side import name_encoders, with_untrained
 from dinov2_eq.files import replace_text
@@ -51,6 +51,12 @@ class Photographs(NamedTuple):
         return len(self.canvases)
 
 
+class Outcome(NamedTuple):
+    header: list[str]
+    rows: list[list[str]]
+    figure: Figure
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tools/uses.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -61,12 +67,12 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(function=function)
         command.add_argument("--encoder", nargs="+", required=True, help="runs or files of weights, compared in turn")
         command.add_argument("--val-dataset", required=True, help="data string of the images to test with")
-        command.add_argument("--max-images", type=int, default=1000, help="of each dataset")
+        command.add_argument("--max-images", type=positive, default=1000, help="of each dataset")
         command.add_argument("--seed", type=int, default=0, help="of angles, light and the untrained row")
         command.add_argument("--output", type=Path, required=True, help="PNG file; the numbers go next to it, as .json")
         if use == "angle":
             command.add_argument("--train-dataset", required=True, help="data string of the images to learn from")
-            command.add_argument("--draws", type=int, default=4, help="pairs of each training image")
+            command.add_argument("--draws", type=positive, default=4, help="pairs of each training image")
     return parser
 
 
@@ -88,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(args.output)
 
 
-def estimate_angles(args: argparse.Namespace, encoders: dict[str, Encoder], size: int):
+def estimate_angles(args: argparse.Namespace, encoders: dict[str, Encoder], size: int) -> Outcome:
     """A small head learns the angle from the features of both photographs; errors are those on other images."""
     generator = torch.Generator().manual_seed(args.seed)
     train = read(build_dataset(args.train_dataset), args.max_images, size).repeated(args.draws)
@@ -106,30 +112,25 @@ def estimate_angles(args: argparse.Namespace, encoders: dict[str, Encoder], size
                 for pair in (train_pairs, val_pairs)
             ]
             targets = train_angles[:, None] / MAX_ANGLE_DEG
-            found = (
-                MAX_ANGLE_DEG
-                * regress_transform(inputs[0], targets, inputs[1], seed=args.seed, hidden_dim=256, epochs=20)[:, 0]
-            )
-            error = (found - val_angles).abs()
-            estimates.setdefault(name, found)
-            rows.append([name, tokens, f"{error.median():.1f}", f"{100 * (error < 10).double().mean():.0f}"])
-    rows.append(
-        ["(always 0)", "", f"{val_angles.abs().median():.1f}", f"{100 * (val_angles.abs() < 10).double().mean():.0f}"]
-    )
+            shares = regress_transform(inputs[0], targets, inputs[1], seed=args.seed, hidden_dim=256, epochs=20)[:, 0]
+            found = MAX_ANGLE_DEG * shares
+            estimates.setdefault(name, found)  # of the first tokens
+            rows.append([name, tokens, *errors(found - val_angles)])
+    rows.append(["(always 0)", "", *errors(val_angles)])
     columns = {"first": val_pairs[0], "second": val_pairs[1]}
     labels = {"second": val_angles}
     for name, found in estimates.items():
         columns[f"first, turned as\n{name} says"] = val.turned(found)
         labels[f"first, turned as\n{name} says"] = found
-    return ["encoder", "tokens", "median error, degrees", "within 10 degrees, %"], rows, draw(columns, labels)
+    return Outcome(["encoder", "tokens", "median error, degrees", "within 10 degrees, %"], rows, draw(columns, labels))
 
 
-def retrieve(args: argparse.Namespace, encoders: dict[str, Encoder], size: int):
+def retrieve(args: argparse.Namespace, encoders: dict[str, Encoder], size: int) -> Outcome:
     """Each image, in one of five orientations, finds its nearest neighbour among all others in all orientations."""
     generator = torch.Generator().manual_seed(args.seed)
     dataset = build_dataset(args.val_dataset)
+    labels = torch.as_tensor(require_labels(dataset, "retrieval")[fixed_subset(len(dataset), args.max_images)])
     images = read(dataset, args.max_images, size)
-    labels = torch.as_tensor(dataset.labels[fixed_subset(len(dataset), args.max_images)])
     number, poses = len(images), torch.tensor(ORIENTATIONS_DEG)
     gallery = torch.cat([images.turned(torch.full((number,), degrees)) for degrees in ORIENTATIONS_DEG])
     own, pose = torch.arange(number), torch.randint(len(poses), (number,), generator=generator)
@@ -146,7 +147,7 @@ def retrieve(args: argparse.Namespace, encoders: dict[str, Encoder], size: int):
             columns[f"{name},\n{tokens}"], degrees[f"{name},\n{tokens}"] = gallery[found], poses[found // number]
     alike = (labels[:, None] == labels)[~torch.eye(number, dtype=torch.bool)]
     rows.append(["(chance)", "", f"{100 / len(poses):.1f}", percent(alike)])
-    return ["encoder", "tokens", "same orientation, %", "same class, %"], rows, draw(columns, degrees)
+    return Outcome(["encoder", "tokens", "same orientation, %", "same class, %"], rows, draw(columns, degrees))
 
 
 def read(dataset: ImageDataset, max_images: int, size: int) -> Photographs:
@@ -184,6 +185,12 @@ def features(encoder: Encoder, images: Tensor, tokens: str) -> Tensor:
     if mode == tokens:
         return found
     return encoder.equivariant(found.unflatten(1, (4, -1))).flatten(1)
+
+
+def errors(degrees: Tensor) -> list[str]:
+    """Returns the median of absolute errors, and how many per cent are below 10 degrees."""
+    size = degrees.abs()
+    return [f"{size.median():.1f}", f"{100 * (size < 10).double().mean():.0f}"]
 
 
 def percent(hits: Tensor) -> str:

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from dinov2_eq.data.datasets import DataError
 from tools import uses
 
 WEIGHTS = str(Path(__file__).parents[2] / "weights/cifar10_simclr_se2.safetensors")
@@ -52,3 +54,11 @@ def test_encoders_of_two_sizes(tmp_path):
     sources = ["random:vit_tiny/16@32", "random:vit_tiny/16@64"]
     with pytest.raises(ValueError, match=r"images of \[32, 64\] pixels; compare those of one size"):
         uses.main(["retrieval", "--encoder", *sources, *VAL, "--output", f"{tmp_path}/none.png"])
+
+
+def test_retrieval_needs_classes(tmp_path):
+    Image.new("RGB", (48, 48)).save(tmp_path / "one.png")
+    given = ["--encoder", "random:vit_tiny/16@32", "--val-dataset", f"Folder:root={tmp_path}"]
+    with pytest.raises(DataError, match="retrieval needs labels"):
+        uses.main(["retrieval", *given, "--output", f"{tmp_path}/none.png"])
+    assert not (tmp_path / "none.png").exists()
