@@ -6,19 +6,18 @@ DEMO ?= demo
 # Packages come without bytecode. It is written where a module is first imported, also where the shell forbids that.
 export PYTHONDONTWRITEBYTECODE :=
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: demo test test-cluster lint format clean
 
 demo: $(VENV)/.installed  ## pretrain on generated images, with the task and without, probe both and write a report
 	BIN=$(BIN) tools/demo.sh $(DEMO)
 
-# Three workers on two cores: tests of several processes often wait.
 test: $(VENV)/.installed-dev  ## all tests except test-cluster
-	$(PYTEST) -n 3 --dist worksteal -m "not cluster" tests
+	$(PYTEST) --dist worksteal -m "not cluster" tests
 
 test-cluster: $(VENV)/.installed-dev  ## a real SLURM with two nodes, torchrun, and processes that are killed
-	$(PYTEST) -n 2 --dist loadscope -m cluster tests
+	$(PYTEST) --dist loadscope -m cluster tests
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
