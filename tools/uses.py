@@ -23,12 +23,13 @@ from dinov2_eq.evaluation.encoder import Encoder, load_encoder
 from dinov2_eq.evaluation.side_by_side import name_encoders, with_untrained
 from dinov2_eq.files import replace_text
 from dinov2_eq.probes.cosine import nearest_neighbours
-from dinov2_eq.probes.features import pooled_features
+from dinov2_eq.probes.features import WIDTHS, pooled_parts
 from dinov2_eq.probes.transform_regression import regress_transform
 
 MAX_ANGLE_DEG = 45.0
+ROTATION = build_transform("rotation", max_angle_deg=MAX_ANGLE_DEG)
+LIGHT = build_transform("color_jitter", max_color=0.2, max_hue=0.02)  # by how much the second photograph differs
 ORIENTATIONS_DEG = (-40.0, -20.0, 0.0, 20.0, 40.0)
-LIGHT = {"max_color": 0.2, "max_hue": 0.02}  # by how much the second photograph differs
 NUM_SHOWN = 8
 BATCH_SIZE = 256
 
@@ -41,8 +42,7 @@ class Photographs(NamedTuple):
 
     def turned(self, degrees: Tensor) -> Tensor:
         """Returns all of them turned by `degrees` [N], [N, 3, S, S]; 0 only crops."""
-        rotation = build_transform("rotation", max_angle_deg=MAX_ANGLE_DEG)
-        return rotation.apply(self.canvases, degrees[:, None], (self.size, self.size))
+        return ROTATION.apply(self.canvases, degrees[:, None], (self.size, self.size))
 
     def repeated(self, times: int) -> "Photographs":
         return Photographs(self.canvases.repeat(times, 1, 1, 1), self.size)
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--encoder", nargs="+", required=True, help="runs or files of weights, compared in turn")
         command.add_argument("--val-dataset", required=True, help="data string of the images to test with")
         command.add_argument("--max-images", type=positive, default=1000, help="of each dataset")
-        command.add_argument("--seed", type=int, default=0, help="of angles, light and the untrained row")
+        command.add_argument("--seed", type=int, default=0, help="of angles, light and the head")
         command.add_argument("--output", type=Path, required=True, help="PNG file; the numbers go next to it, as .json")
         if use == "angle":
             command.add_argument("--train-dataset", required=True, help="data string of the images to learn from")
@@ -99,18 +99,17 @@ def estimate_angles(args: argparse.Namespace, encoders: dict[str, Encoder], size
     generator = torch.Generator().manual_seed(args.seed)
     train = read(build_dataset(args.train_dataset), args.max_images, size).repeated(args.draws)
     val = read(build_dataset(args.val_dataset), args.max_images, size)
-    train_angles, val_angles = (draw_angles(len(images), generator) for images in (train, val))
+    train_angles, val_angles = (ROTATION.sample(len(images), generator)[:, 0] for images in (train, val))
     train_pairs, val_pairs = (
         (images.turned(torch.zeros(len(images))), in_other_light(images.turned(angles), generator))
         for images, angles in ((train, train_angles), (val, val_angles))
     )
     rows, estimates = [], {}
     for name, encoder in encoders.items():
-        for tokens in tokens_of(encoder):
-            inputs = [
-                torch.cat([features(encoder, view, tokens) for view in pair], dim=1)
-                for pair in (train_pairs, val_pairs)
-            ]
+        views = [features(encoder, view) for view in (*train_pairs, *val_pairs)]
+        for tokens in views[0]:
+            first, second, val_first, val_second = (view[tokens] for view in views)
+            inputs = [torch.cat(pair, dim=1) for pair in ((first, second), (val_first, val_second))]
             targets = train_angles[:, None] / MAX_ANGLE_DEG
             shares = regress_transform(inputs[0], targets, inputs[1], seed=args.seed, hidden_dim=256, epochs=20)[:, 0]
             found = MAX_ANGLE_DEG * shares
@@ -137,8 +136,7 @@ def retrieve(args: argparse.Namespace, encoders: dict[str, Encoder], size: int) 
     queries = pose * number + own  # rows of the gallery
     rows, columns, degrees = [], {"query": gallery[queries]}, {"query": poses[pose]}
     for name, encoder in encoders.items():
-        for tokens in tokens_of(encoder):
-            known = features(encoder, gallery, tokens)
+        for tokens, known in features(encoder, gallery).items():
             nearest = nearest_neighbours(known[queries], known, len(poses) + 1)[1]
             others = (nearest % number != own[:, None]).int().argmax(dim=1)  # the first that is not the image itself
             found = nearest[own, others]
@@ -152,39 +150,29 @@ def retrieve(args: argparse.Namespace, encoders: dict[str, Encoder], size: int) 
 
 def read(dataset: ImageDataset, max_images: int, size: int) -> Photographs:
     """Reads squares large enough to be turned, from a fixed choice of the images."""
-    side = build_transform("rotation", max_angle_deg=MAX_ANGLE_DEG).canvas_size((size, size))[0]
+    side, _ = ROTATION.canvas_size((size, size))
     prepare = resize_and_crop(side, side)
     pixels = [prepare(read_to_evaluate(dataset, index)) for index in fixed_subset(len(dataset), max_images)]
     return Photographs(torch.stack(pixels).float() / 255, size)
 
 
-def draw_angles(number: int, generator: torch.Generator) -> Tensor:
-    return MAX_ANGLE_DEG * (2 * torch.rand(number, generator=generator) - 1)
-
-
 def in_other_light(images: Tensor, generator: torch.Generator) -> Tensor:
-    jitter = build_transform("color_jitter", **LIGHT)
-    size = (images.shape[-2], images.shape[-1])
-    return jitter.apply(images, jitter.sample(len(images), generator), size)
+    return LIGHT.apply(images, LIGHT.sample(len(images), generator), images.shape[-2:])
 
 
-def tokens_of(encoder: Encoder) -> list[str]:
-    """The class token, the patches in quarters, and the same of the equivariant half where there is one."""
-    return ["grid2", "cls", *(["equi_grid2"] if encoder.equivariant else [])]
+def features(encoder: Encoder, images: Tensor) -> dict[str, Tensor]:
+    """Encodes images [N, 3, S, S] in [0, 1]: by tokens, in rows [N, F].
 
-
-@torch.no_grad()
-def features(encoder: Encoder, images: Tensor, tokens: str) -> Tensor:
-    """Returns features [N, F] of images [N, 3, S, S] in [0, 1]."""
-    mode = tokens.removeprefix("equi_")
-    parts = [
-        pooled_features(encoder.backbone, batch, mean=encoder.mean, std=encoder.std, mode=mode)
-        for batch in images.split(BATCH_SIZE)
-    ]
-    found = torch.cat(parts)
-    if mode == tokens:
-        return found
-    return encoder.equivariant(found.unflatten(1, (4, -1))).flatten(1)
+    The patches in quarters, the class token, and the quarters of the equivariant half where there is one.
+    """
+    parts = ("grid2", "cls")
+    look = {"mean": encoder.mean, "std": encoder.std}
+    batches = [pooled_parts(encoder.backbone, batch, parts, **look) for batch in images.split(BATCH_SIZE)]
+    found = {part: torch.cat(rows) for part, rows in zip(parts, zip(*batches, strict=True), strict=True)}
+    if encoder.equivariant is not None:
+        with torch.no_grad():
+            found["equi_grid2"] = encoder.equivariant(found["grid2"].unflatten(1, (WIDTHS["grid2"], -1))).flatten(1)
+    return found
 
 
 def errors(degrees: Tensor) -> list[str]:

@@ -20,8 +20,8 @@ def test_the_page_has_the_tables_of_the_results():
     assert "Nothing on this page ran on a GPU" in page
 
 
-def test_the_results_are_of_this_code():
-    name = "ViT-L/16, task"  # the larger model takes half a minute and says nothing else
+@pytest.mark.parametrize("name", ["ViT-L/16, task", "ViT-g/14, task"])
+def test_the_results_are_of_this_code(name):
     model, stored = {**scaling.count(name), **scaling.measure_block(name)}, MODELS[name]
     assert model["parameters"] == stored["parameters"] and model["config"] == stored["config"]
     assert model["flops_per_image"] == pytest.approx(stored["flops_per_image"], rel=0.01)
