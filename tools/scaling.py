@@ -8,6 +8,7 @@ import argparse
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from dinov2_eq.models import ARCHS, build_backbone
 from dinov2_eq.models.vision_transformer import kept_per_token
 from dinov2_eq.train.build import build_arch
 from dinov2_eq.train.estimate import count_parameters, estimate_memory
+from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
 from dinov2_eq.types import GLOBAL, LOCAL, Group, Scene, ViewBatch
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
@@ -96,6 +98,12 @@ def config_of(model: str, *overrides: str) -> Config:
     return load_config(recipe, [*settings, *overrides])
 
 
+@cache
+def arch_of(name: str) -> SSLMetaArch:
+    """Returns the networks and objectives, without memory for their weights."""
+    return build_arch(config_of(name), torch.device("meta"))
+
+
 def flops(function: Callable[[], Any]) -> tuple[float, Any]:
     with FlopCounterMode(display=False) as counter:
         result = function()
@@ -109,9 +117,8 @@ def forward_and_backward(function: Callable[[], Tensor]) -> float:
 
 def count(name: str) -> dict[str, Any]:
     """Counts parameters and floating-point operations of one image in one step (multiply and add count as two)."""
-    config = config_of(name)
+    config, arch = config_of(name), arch_of(name)
     crops, images = config.crops, COUNTED_IMAGES
-    arch = build_arch(config, torch.device("meta"))
     patches = (crops.global_crops_size // config.student.patch_size) ** 2
     with torch.device("meta"):
         global_crops = torch.empty(2, images, 3, crops.global_crops_size, crops.global_crops_size)
@@ -195,13 +202,14 @@ def memory(name: str, batch: int, gpus: int, strategy: str, checkpointing: bool 
     """Estimated memory of each GPU in GiB, by purpose."""
     overrides = [f"train.batch_size_per_gpu={batch}", f"fsdp.strategy={strategy}"]
     config = config_of(name, *overrides, f"fsdp.activation_checkpointing={str(checkpointing).lower()}")
-    return estimate_memory(config, build_arch(config, torch.device("meta")), True, gpus, nodes(gpus))
+    return estimate_memory(config, arch_of(name), True, gpus, nodes(gpus))
 
 
 def nodes(gpus: int) -> int:
     return math.ceil(gpus / ASSUMED["gpus_per_node"])
 
 
+@cache
 def largest_batch(name: str, gpus: int, card: str, checkpointing: bool) -> int:
     """Number of images that fit in one forward; 0: not even one."""
     limit = ASSUMED["usable_memory"] * ASSUMED[f"memory_{card}"] / GIB
