@@ -146,13 +146,8 @@ def count(name: str) -> dict[str, Any]:
             views = ViewBatch(groups, torch.empty(0), torch.empty(0), global_crops[:0], torch.empty(0))
             scene = Scene(views, detached, teacher=None, teacher_temp=1.0)
             decoders = forward_and_backward(lambda: arch.objectives["reconstruction"].reconstruct(scene))
-    parts = {
-        "student forward": forward,
-        "student backward": backward,
-        "teacher": teacher,
-        "heads": heads,
-        "decoders": decoders,
-    }
+    both_ways = {"student forward": forward, "student backward": backward}
+    parts = {**both_ways, "teacher": teacher, "heads": heads, "decoders": decoders}
     per_image = {part: number / images for part, number in parts.items()}
     sides, student = [crops.global_crops_size] * 2 + [crops.local_crops_size] * crops.local_crops_number, config.student
     return {
@@ -168,8 +163,7 @@ def count(name: str) -> dict[str, Any]:
 
 def measure_block(name: str) -> dict[str, float]:
     """Measures the bytes that autograd keeps for one token in one block at full width, in bfloat16 on the CPU."""
-    config = config_of(name)
-    student, crops = config.student, config.crops
+    student, crops = config_of(name).student, config_of(name).crops
     backbone = build_backbone(
         student.arch,
         patch_size=student.patch_size,
@@ -188,10 +182,8 @@ def measure_block(name: str) -> dict[str, float]:
         return tensor
 
     shapes = [(10, 29), (20, 11)]
-    tokens = (
-        torch.randn(sum(batch * length for batch, length in shapes), ARCHS[student.arch].embed_dim, requires_grad=True)
-        * 1
-    )
+    num_tokens = sum(batch * length for batch, length in shapes)
+    tokens = torch.randn(num_tokens, ARCHS[student.arch].embed_dim, requires_grad=True) * 1
     with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(keep, lambda tensor: tensor):
         block(tokens, shapes)
     measured = sum(storage.nbytes() for storage in storages.values()) / len(tokens)
