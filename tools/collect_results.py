@@ -1,4 +1,7 @@
-"""Collects the probe results of several runs into one JSON file, with a Markdown table next to it."""
+"""Collects the probe results of several runs into one JSON file, with a Markdown table and a plot next to it.
+
+The plot shows R2 against k-NN accuracy: what a form of the task brings, and what it costs.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -6,41 +9,69 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from dinov2_eq.data.datasets.data_string import parse_data_string
 from dinov2_eq.evaluation.results import write_results
 from dinov2_eq.files import as_written, check_types, read_json
 from dinov2_eq.models import ARCHS
+from dinov2_eq.report.figures import as_svg
 from dinov2_eq.report.runs import Run, load_runs
 
 TASKS = ("rotation", "translation", "color_jitter", "blur")
 MEANS = ("mean_border_free", "mean_masked")
 PROBES = ("knn", "equivariance")
+SHOWN_SETTINGS = ("transform", "border", "view", "invariant_projection", "decoder", "loss_weight")
 # Entries of the protocol that may differ between comparable probes. For nb_knn, the rows give the accuracy at each k.
 NOT_PROTOCOL = {"seconds", "environment", "config_file", "num_workers", "random_init", "nb_knn", "notices", "processes"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tools/collect_results.py", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders with results_eval_knn and _equivariance.json")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file; the table is written next to it as .md")
+    parser = argparse.ArgumentParser(prog="tools/collect_results.py", description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        help="run folders with results_eval_knn and _equivariance.json, or JSON files that this tool has written",
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; .md and .svg are written next to it")
     parser.add_argument("--k", type=int, help="neighbours for the k-NN column (default: the largest k of all runs)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    runs = [load_runs([folder])[0] for folder in args.runs]
+    earlier = [read_collected(path) for path in args.runs if path.is_file()]
+    runs = [load_runs([folder])[0] for folder in args.runs if not folder.is_file()]
     for run in runs:
         for probe in PROBES:
             check_results(run, probe)
-    protocols = {f"{probe}_protocol": common_protocol(runs, probe) for probe in PROBES}
-    k = choose_k(runs, args.k)
-    rows = [*untrained_rows(runs), *map(row_of, runs)]
-    write_results(args.output, {**protocols, "rows": rows})
-    table = args.output.with_suffix(".md")
-    table.write_text(markdown(rows, k) + "\n", encoding="utf-8")
-    print(table.read_text(encoding="utf-8"), end="")
+    protocols = {probe: common_protocol(earlier, runs, probe) for probe in PROBES}
+    rows = [row for collected in earlier for row in collected["rows"]]
+    rows += [row for row in untrained_rows(runs) if row not in rows]
+    rows += map(row_of, runs)
+    k = choose_k(rows, args.k)
+    write_results(args.output, {**{f"{probe}_protocol": protocols[probe] for probe in PROBES}, "rows": rows})
+    text = markdown(rows, k)
+    args.output.with_suffix(".md").write_text(f"{text}\n", encoding="utf-8")
+    args.output.with_suffix(".svg").write_text(draw(rows, k), encoding="utf-8")
+    print(text)
+
+
+def read_collected(path: Path) -> dict[str, Any]:
+    """Reads a file that this tool has written.
+
+    Raises:
+        ValueError: the file is not as this tool writes it.
+    """
+    collected = read_json(path)
+    with as_written(path):
+        for probe in PROBES:
+            check_types([collected[f"{probe}_protocol"]], dict)
+        for row in collected["rows"]:
+            check_types([row["run"], row["kind"]], str)
+            check_types([row["r2"], row["r2_means"], row.get("knn_top1", {})], dict)
+    return collected
 
 
 def results_of(run: Run, probe: str) -> dict[str, Any] | None:
@@ -73,27 +104,28 @@ def protocol_of(run: Run, probe: str) -> dict[str, Any]:
     return protocol | {key: without_folders(protocol[key]) for key in ("train_dataset", "val_dataset")}
 
 
-def common_protocol(runs: Sequence[Run], probe: str) -> dict[str, Any]:
-    """The protocol that all runs were probed with.
+def common_protocol(earlier: Sequence[dict[str, Any]], runs: Sequence[Run], probe: str) -> dict[str, Any]:
+    """The protocol that all runs, and those of earlier collections, were probed with.
 
     Raises:
         ValueError: the protocol of a run differs from that of the first.
     """
-    expected = protocol_of(runs[0], probe)
-    for run in runs[1:]:
-        protocol = protocol_of(run, probe)
+    protocols = [("the earlier runs", collected[f"{probe}_protocol"]) for collected in earlier]
+    protocols += [(str(run.folder), protocol_of(run, probe)) for run in runs]
+    (first, expected), *others = protocols
+    for name, protocol in others:
         if different := [key for key in expected | protocol if expected.get(key) != protocol.get(key)]:
             differences = "; ".join(f"{key} is {protocol.get(key)!r}, not {expected.get(key)!r}" for key in different)
             raise ValueError(
-                f"The {probe} results of {run.folder} cannot be compared with those of {runs[0].folder}: "
-                f"{differences}. Repeat 'dinov2-eq eval {probe}' with the same flags for all runs"
+                f"The {probe} results of {name} cannot be compared with those of {first}: {differences}. Repeat "
+                f"'dinov2-eq eval {probe}' with the same flags for all runs"
             )
     return expected
 
 
-def choose_k(runs: Sequence[Run], wanted: int | None) -> str:
+def choose_k(rows: Sequence[dict[str, Any]], wanted: int | None) -> str:
     """The wanted k, or else the largest one that all runs have; raises ValueError if there is none."""
-    by_run = {run.folder.name: {int(k) for k in run.knn["results"].get("full", {})} for run in runs}
+    by_run = {row["run"]: set(map(int, row["knn_top1"])) for row in rows if "knn_top1" in row}
     common = set.intersection(*by_run.values())
     usable = common if wanted is None else common & {wanted}
     if not usable:
@@ -119,7 +151,7 @@ def row_of(run: Run) -> dict[str, Any]:
     return {
         "run": run.folder.name,
         "kind": kind,
-        **({key: task[key] for key in ("transform", "border", "decoder", "loss_weight")} if task["enabled"] else {}),
+        **({key: task[key] for key in SHOWN_SETTINGS if key in task} if task["enabled"] else {}),
         "seed": training["seed"],
         "steps": steps,
         "batch_size": batch_size,
@@ -196,6 +228,29 @@ def markdown(rows: Sequence[dict[str, Any]], k: str) -> str:
         cells.append(f"{row['knn_top1'][k]:.1f}" if "knn_top1" in row else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def draw(rows: Sequence[dict[str, Any]], k: str) -> str:
+    """Draws the mean border-free R2 of all runs against their k-NN accuracy, as SVG."""
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    points = [row for row in rows if "knn_top1" in row and MEANS[0] in row["r2_means"]]
+    for kind in dict.fromkeys(row["kind"] for row in points):
+        x, y = zip(
+            *((row["knn_top1"][k], row["r2_means"][MEANS[0]]) for row in points if row["kind"] == kind), strict=True
+        )
+        axes.scatter(x, y, s=24, label=kind)
+    for row in points:
+        place = row["knn_top1"][k], row["r2_means"][MEANS[0]]
+        axes.annotate(row["run"], place, xytext=(4, 3), textcoords="offset points", fontsize=6)
+    axes.set_xlabel(f"{k}-NN top-1 %", fontsize=8)
+    axes.set_ylabel("mean border-free R2", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(linewidth=0.4)
+    axes.spines[["top", "right"]].set_visible(False)
+    if points:
+        axes.legend(fontsize=8)
+    return as_svg(figure)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ from dinov2_eq.types import GLOBAL, LOCAL, Group, Scene, ViewBatch
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 MODELS = {
     "ViT-L/16": ("vitl16_short", []),
-    "ViT-L/16, task": ("vitl16_eq_short", []),
+    "ViT-L/16, task": ("vitl16_eq_paper", []),
     "ViT-g/14, task": (
-        "vitl16_eq_short",
+        "vitl16_eq_paper",
         ["student.arch=vit_giant2", "student.patch_size=14", "crops.local_crops_size=98", "student.drop_path_rate=0.4"],
     ),
 }

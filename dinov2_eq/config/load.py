@@ -101,17 +101,22 @@ def to_yaml(config: Config) -> str:
 
 
 def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[Keys, Any]]]:
-    """Reads a file and, before it, the chain of files or recipes that their key `base` names, relative to each file."""
+    """Reads a file and, before it, the files or recipes that its key `base` names, relative to it, and their bases."""
     chain = (*above, path)
     if path.resolve() in [other.resolve() for other in above]:
         raise ValueError(f"{above[0]}: base is circular: {' -> '.join(map(str, chain))}; remove one of them")
     values = read_yaml(path)
-    bases = []
+    bases: list[tuple[str, dict[Keys, Any]]] = []
     if "base" in values:
         base = values.pop("base")
-        if not isinstance(base, str) or not base:
-            raise ValueError(f"{path}: base={base!r} must be the path of a YAML file or the name of a packaged recipe")
-        bases = _read_with_bases(find_recipe(base, path.parent, f"{path}: base:"), chain)
+        names = base if isinstance(base, list) else [base]
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise ValueError(
+                f"{path}: base={base!r} must be the path of a YAML file or the name of a packaged recipe, or a list of "
+                "these, of which the last has the last word"
+            )
+        for name in names:
+            bases += _read_with_bases(find_recipe(name, path.parent, f"{path}: base:"), chain)
     return [*bases, (str(path), _leaves(values))]
 
 

@@ -22,7 +22,7 @@ from dinov2_eq.types import GLOBAL, LOCAL, PATH, PathViews, Scene, Term
 class EquivarianceConfig(ObjectiveSettings):
     enabled: bool = setting(True, "false: nothing of the task is built and the run is the plain base method")
     loss_weight: float = setting(
-        1.0,
+        10.0,
         "lambda in the total loss; 0: the control, transformed and split but nothing reconstructed",
         interval="[0, inf)",
     )
@@ -36,10 +36,10 @@ class EquivarianceConfig(ObjectiveSettings):
         None, "that share at the last step; it moves linearly. null: it does not move", interval="(0, 1)"
     )
     view: str = setting(
-        "second",
-        "which view g transforms: second (the papers: all losses see v1 and g(u)), or third: the base losses see v1 "
-        "and u, and g(u) is a view of its own, which the decoders read together with u",
-        choices=("second", "third"),
+        "third",
+        "which view g transforms: third: the base losses see v1 and u, and g(u) is a view of its own, which the "
+        "decoders read together with u; or second (the papers: all losses see v1 and g(u))",
+        choices=("third", "second"),
     )
     third_view_share: float = setting(0.5, "share of the images that get a third view", interval="(0, 1]")
     third_view_size: str = setting(
@@ -54,18 +54,20 @@ class EquivarianceConfig(ObjectiveSettings):
     border: str = setting(
         "canvas", "zeros: black outside the crop (the papers); canvas: real pixels around it", choices=BORDERS
     )
-    patch_dim: int = setting(2048, "d_patch: width of the token projection", interval="[1, inf)")
+    patch_dim: int = setting(
+        2048, "d_patch: width of the token projection, if there is an invariant one", interval="[1, inf)"
+    )
     invariant_projection: bool = setting(
-        True,
-        "base losses see a projection of each token to patch_dim - equivariant_dim channels (the papers); false: they "
-        "see the whole token, as without the task",
+        False,
+        "false: base losses see the whole token, as without the task; true: they see a projection of it to patch_dim - "
+        "equivariant_dim channels (the papers)",
     )
     equivariant_dim: int = setting(
         512, "d_equi: channels of each projected token that only the decoders see", interval="[1, inf)"
     )
-    decoder: str = setting("conv", "architecture of the decoders", choices=tuple(DECODERS))
+    decoder: str = setting("self_attention", "architecture of the decoders", choices=tuple(DECODERS))
     decoder_dim: int = setting(256, "width of the decoder after its first layer", interval="[1, inf)")
-    decoder_depth: int = setting(2, "self-attention layers of the decoders that have them", interval="[0, inf)")
+    decoder_depth: int = setting(1, "self-attention layers of the decoders that have them", interval="[0, inf)")
     max_angle_deg: float = setting(45.0, "rotation is uniform in [-max, max] degrees", interval="[0, 180]")
     max_shift: float = setting(
         10 / 224,

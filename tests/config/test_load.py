@@ -2,6 +2,7 @@
 
 import ast
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,22 @@ def test_a_base_is_a_file_or_a_recipe(tmp_path, monkeypatch):
     assert load_config("run.yaml") == load_config(None, ["train.seed=9"])
 
 
+def test_of_several_bases_the_last_has_the_last_word(tmp_path):
+    (tmp_path / "first.yaml").write_text("train: {seed: 3, batch_size_per_gpu: 8}\n")
+    (tmp_path / "second.yaml").write_text("base: first.yaml\ntrain: {seed: 4}\n")
+    (tmp_path / "run.yaml").write_text("base: [debug, first.yaml, second.yaml]\noptim: {steps: 7}\n")
+    expected = ["train.seed=4", "train.batch_size_per_gpu=8", "optim.steps=7"]
+    assert load_config(str(tmp_path / "run.yaml")) == load_config("debug", expected)
+
+
+def test_the_papers_task_goes_on_top_of_any_recipe(tmp_path):
+    (tmp_path / "run.yaml").write_text("base: [ibot_vits16, paper_task]\n")
+    config, plain = load_config(str(tmp_path / "run.yaml")), load_config("ibot_vits16")
+    task = config.equivariance
+    assert (task.view, task.invariant_projection, task.decoder, task.loss_weight) == ("second", True, "conv", 1.0)
+    assert replace(config, equivariance=plain.equivariance) == plain
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -52,7 +69,7 @@ def test_a_base_is_a_file_or_a_recipe(tmp_path, monkeypatch):
         ({"a": "base: ."}, r"a.yaml: base: \.: a folder; packaged recipes"),
         *(
             ({"a": f"base: {base}"}, r"a.yaml: base=.* must be the path of a YAML file or the name of a packaged rec")
-            for base in ("3", "[debug, demo]", "{train: {seed: 1}}", "", "''", "true")
+            for base in ("3", "[debug, 3]", "[]", "{train: {seed: 1}}", "", "''", "true")
         ),
         ({"a": "base: b.yaml", "b": "- 1"}, "b.yaml must hold sections of keys"),
         ({"a": "base: b.yaml", "b": "train: {sed: 1}"}, "b.yaml: unknown key 'train.sed'"),

@@ -24,15 +24,14 @@ RECIPES = sorted(
 # What recipes have besides numbers (losses, centring, backbone, and what is reconstructed), each with one recipe.
 METHODS = {
     ("dino ibot", "centering", "transformer", "nothing"): "vitl16_short",
-    ("dino ibot", "centering", "transformer", "conv"): "vitl16_eq_short",
+    ("dino ibot", "centering", "transformer", "conv"): "vitl16_eq_paper",
+    ("dino ibot", "centering", "transformer", "self_attention"): "debug",
     ("dino ibot", "sinkhorn_knopp", "transformer", "nothing"): "cifar10/disabled",
     ("dino ibot", "sinkhorn_knopp", "transformer", "control"): "cifar10/control_se2_canvas",
     ("dino ibot", "sinkhorn_knopp", "transformer", "conv"): "cifar10/se2_conv_canvas",
     ("dino ibot", "sinkhorn_knopp", "transformer", "cross_attention"): "cifar10/rotation_cross_attention_zeros",
     ("dino", "centering", "transformer", "nothing"): "dino_vits16",
     ("simclr", "centering", "transformer", "nothing"): "simclr_vits16",
-    ("simclr", "centering", "transformer", "conv"): "simclr_vits16_eq",
-    ("simclr", "centering", "transformer", "cross_attention"): "cifar10/simclr_eq",
     ("simclr", "centering", "transformer", "self_attention"): "demo",
     ("simclr", "centering", "resnet", "nothing"): "cifar10/simclr_resnet18",
     ("vicreg", "centering", "transformer", "nothing"): "vicreg_vits16",

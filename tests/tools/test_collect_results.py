@@ -76,6 +76,37 @@ def test_rows_say_what_was_run(tmp_path):
     assert lines[2].startswith("| control | control, λ = 0 | 0.75") and lines[3].endswith(" 50.0 |")
 
 
+def test_runs_are_added_to_an_earlier_collection(tmp_path):
+    first = [write_run(tmp_path / "base", "equivariance.enabled=false", random_init=True)]
+    second = [write_run(tmp_path / "task", random_init=True)]
+    expected = collect(tmp_path, [*first, *second])
+    collect(tmp_path, first)
+    assert collect(tmp_path, [str(tmp_path / "results/all.json"), *second]) == expected
+    with pytest.raises(
+        ValueError, match=r"knn results of .*/other cannot be compared with those of the earlier runs: epo"
+    ):
+        collect(tmp_path, [str(tmp_path / "results/all.json"), write_run(tmp_path / "other", epochs=50)])
+
+
+def test_the_plot_has_a_point_for_each_run(tmp_path):
+    runs = [
+        write_run(tmp_path / "plain_7", "equivariance.enabled=false", random_init=True),
+        write_run(tmp_path / "task_7"),
+    ]
+    collect(tmp_path, runs)
+    plot = (tmp_path / "results/all.svg").read_text()
+    assert plot.count("plain_7") == plot.count("task_7") == 1 and "random init" not in plot
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"rows": []}', '{"knn_protocol": {}, "equivariance_protocol": {}, "rows": [{}]}']
+)
+def test_a_damaged_collection_is_named(tmp_path, content):
+    (tmp_path / "earlier.json").write_text(content)
+    with pytest.raises(ValueError, match=r"earlier\.json"):
+        collect(tmp_path, [str(tmp_path / "earlier.json")])
+
+
 def test_neighbours_of_the_table(tmp_path):
     runs = [write_run(tmp_path / "a", ks=(10, 20, 100)), write_run(tmp_path / "b", ks=(10, 20))]
     assert "10-NN %" in collect(tmp_path, runs, "--k", "10")[1]
