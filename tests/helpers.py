@@ -24,6 +24,13 @@ TINY = [
     "evaluation.knn_period_steps=0",
     "evaluation.sample_period_steps=0",
 ]
+# As in the recipe `paper_task`.
+PAPERS_FORM = [
+    "equivariance.view=second",
+    "equivariance.invariant_projection=true",
+    "equivariance.decoder=conv",
+    "equivariance.loss_weight=1",
+]
 
 
 def tiny_config(*overrides: str) -> Config:

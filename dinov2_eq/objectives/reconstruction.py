@@ -140,7 +140,8 @@ class EquivarianceConfig(ObjectiveSettings):
             )
             for _ in range(self.num_intermediates)
         ]
-        return Reconstruction(decoders, context.patch_size)
+        share = self.third_view_share if self.view == "third" else 1.0
+        return Reconstruction(decoders, context.patch_size, share)
 
     def problems(self, section: str, context: Context) -> Iterator[str]:
         if self.invariant_projection and self.equivariant_dim >= self.patch_dim:
@@ -190,15 +191,21 @@ class Reconstruction(Objective):
     Args:
         decoders: see `equivariance.decoders`.
         patch_size: pixels.
+        share: of the images whose targets are rebuilt.
     """
 
-    def __init__(self, decoders: Sequence[nn.Module], patch_size: int) -> None:
+    def __init__(self, decoders: Sequence[nn.Module], patch_size: int, share: float = 1.0) -> None:
         super().__init__()
         self.decoders = nn.ModuleList(decoders)
         self.patch_size = patch_size
+        self.share = share
 
     def forward(self, scene: Scene) -> Term:
-        return Term(reconstruction_loss(self.reconstruct(scene), scene.views.targets), {})
+        loss = reconstruction_loss(self.reconstruct(scene), scene.views.targets)
+        # A forward of few images rebuilds more or fewer of them than their share. With this weight each rebuilt image
+        # counts the same, and any number of forwards and processes gives the gradient of one.
+        rebuilt, expected = scene.views.targets.shape[1], self.share * len(scene.views.theta)
+        return Term(loss * (rebuilt / expected), {})
 
     def reconstruct(self, scene: Scene) -> Tensor:
         """Returns u_hat_k for k = 1..K, [K, R, 3, H, W] in normalised pixel values."""

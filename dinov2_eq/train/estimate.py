@@ -23,7 +23,7 @@ GIB = 1024**3
 HALF_BYTES = 2
 # Values that autograd keeps in a decoder beyond its inputs and its blocks, per unit of its width.
 CONV_KEPT_PER_PIXEL = 0.55
-ATTENTION_KEPT_PER_PATCH = {"cross_attention": 6, "self_attention": 1}
+ATTENTION_KEPT_PER_PATCH = {"cross_attention": 9, "self_attention": 3}
 
 
 def count_parameters(modules: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -119,10 +119,12 @@ def _heads(config: Config, arch: SSLMetaArch, compute_bytes: int) -> dict[str, f
 
 
 def _decoders(config: Config, arch: SSLMetaArch, compute_bytes: int) -> float:
-    task, batch = config.equivariance, config.train.batch_size_per_gpu
-    rows, columns = objective_context(config).grid
+    task, path, crops = config.equivariance, config.needs().path, config.crops
     if "reconstruction" not in arch.objectives:
         return 0.0
+    images = config.train.batch_size_per_gpu * (path.share if path else 1.0)
+    side = crops.local_crops_size if path and path.local_size else crops.global_crops_size
+    patches = (side // config.student.patch_size) ** 2
     values = 2 * task.equivariant_dim  # the tokens of both views
     if task.decoder == "conv":
         values += CONV_KEPT_PER_PIXEL * task.decoder_dim * config.student.patch_size**2
@@ -131,7 +133,8 @@ def _decoders(config: Config, arch: SSLMetaArch, compute_bytes: int) -> float:
         values += ATTENTION_KEPT_PER_PATCH[task.decoder] * task.decoder_dim
         blocks = arch.objectives["reconstruction"].decoders[0].blocks
         kept = compute_bytes * values + sum(kept_per_token(block, compute_bytes) for block in blocks)
-    return task.num_intermediates * batch * rows * columns * kept
+    kept += 2 * FLOAT_BYTES * 3 * config.student.patch_size**2  # the loss keeps image and target
+    return task.num_intermediates * images * patches * kept
 
 
 def plan(

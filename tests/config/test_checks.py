@@ -22,10 +22,11 @@ from dinov2_eq.objectives.reconstruction import EquivarianceConfig
         ),
         ("crops.local_crops_size=8", "crops.local_crops_size=8 is not a multiple"),
         (
-            "equivariance.equivariant_dim=2048",
+            "equivariance.invariant_projection=true equivariance.equivariant_dim=2048",
             "equivariance.equivariant_dim=2048 must be less than equivariance.patch_dim=2048",
         ),
         ("equivariance.num_intermediates=0", "equivariance.num_intermediates=0 must be at least 1"),
+        ("equivariance.third_view_size=small", "equivariance.third_view_size='small' is not one of global, local"),
         ("equivariance.border=reflect", "equivariance.border='reflect' is not one of zeros, canvas"),
         (
             "equivariance.decoder=convs",
@@ -48,7 +49,7 @@ from dinov2_eq.objectives.reconstruction import EquivarianceConfig
 )
 def test_mistakes_are_named(override, message):
     with pytest.raises(ValueError, match=message):
-        load_config(None, [override])
+        load_config(None, override.split())
 
 
 def test_all_mistakes_at_once():
@@ -102,7 +103,7 @@ def test_a_resnet_has_no_masks_and_takes_any_size():
     load_config(None, [*plain, "ibot.loss_weight=0", "crops.global_crops_size=33"])
     with pytest.raises(ValueError, match=r"crops.global_crops_size=48 is not made of whole patches of 32 pixels"):
         load_config(None, ["student.arch=resnet18", "ibot.loss_weight=0", "crops.global_crops_size=48"])
-    third = ["equivariance.view=third", "equivariance.third_view_size=local", "crops.local_crops_size=48"]
+    third = ["equivariance.third_view_size=local", "crops.local_crops_size=48"]
     with pytest.raises(ValueError, match=r"crops.local_crops_size=48 is not made of whole patches .* nearest is 64"):
         load_config(None, ["student.arch=resnet18", "ibot.loss_weight=0", *third])
 

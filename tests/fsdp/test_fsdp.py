@@ -290,7 +290,7 @@ def test_every_method(tmp_path, recipe):
 
 @pytest.mark.parametrize("share", ["null", "0.3"])
 def test_a_third_view(tmp_path, share):
-    third = ["equivariance.view=third", "equivariance.third_view_share=0.5", f"equivariance.gradient_share={share}"]
+    third = ["equivariance.third_view_share=0.5", f"equivariance.gradient_share={share}"]
     train("debug", tmp_path / "one", 4, *third)
     run_ranks(train, 2, "debug", tmp_path / "two", 2, *third, "fsdp.strategy=full")
     require_equal(tmp_path / "two", tmp_path / "one")

@@ -19,7 +19,8 @@ ABOUT = ["--data", "24 generated pictures", "--notes", "made by a test", "--resu
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
-    do_train(tiny_config(*STEP, "crops.mean=[0.4,0.5,0.6]"), folder / "split")
+    halves = ["equivariance.invariant_projection=true", "crops.mean=[0.4,0.5,0.6]"]
+    do_train(tiny_config(*STEP, *halves), folder / "split")
     do_train(tiny_config(*STEP, "equivariance.enabled=false", "student.num_register_tokens=2"), folder / "plain")
     return {name: folder / name for name in ("split", "plain")}
 

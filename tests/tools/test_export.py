@@ -227,7 +227,7 @@ def test_the_card_is_filled_from_the_run(tmp_path, trained):
         "| steps | 1 of 1 |",
         "| images per step | 4, over 1 process |",
         "| seed | 0 |",
-        "transform se2, loss_weight 1.0",
+        "transform se2, loss_weight 10.0",
         f"k-NN at step 1: {top1:.2f} % top-1",
         "`results_eval_knn.json`, `CIFAR10:split=TRAIN:root=cifar` and `CIFAR10:root=cifar`",
         "| full: 20: top1 | 31.52 |",

@@ -19,7 +19,7 @@ from dinov2_eq.train.build import (
     build_train_loader,
 )
 from dinov2_eq.types import GLOBAL, LOCAL, PATH
-from tests.helpers import tiny_config
+from tests.helpers import PAPERS_FORM, tiny_config
 
 CPU = torch.device("cpu")
 
@@ -87,7 +87,7 @@ def test_task_on_gives_gradient_to_decoders_projection_and_backbone():
 
 def test_base_losses_and_decoders_read_different_halves():
     for term, touched, spared in (("reconstruction", "equivariant", "invariant"), ("dino", "invariant", "equivariant")):
-        arch, output = forward(tiny_config())
+        arch, output = forward(tiny_config(*PAPERS_FORM))
         output.losses[term].backward()
         projection = arch.student["projection"]
         assert gradient_norm(getattr(projection, touched)) > 0
@@ -95,8 +95,8 @@ def test_base_losses_and_decoders_read_different_halves():
 
 
 def test_the_control_transforms_and_splits_but_rebuilds_nothing():
-    config = tiny_config("equivariance.loss_weight=0")
-    batch, task_batch = one_batch(config), one_batch(tiny_config())
+    config = tiny_config(*PAPERS_FORM, "equivariance.loss_weight=0")
+    batch, task_batch = one_batch(config), one_batch(tiny_config(*PAPERS_FORM))
     arch, output = forward(config)
     assert set(output.losses) == {"dino", "koleo", "ibot"} and "projection" in arch.trainable_modules()
     torch.testing.assert_close(batch.groups[GLOBAL].images, task_batch.groups[GLOBAL].images)
@@ -104,8 +104,8 @@ def test_the_control_transforms_and_splits_but_rebuilds_nothing():
 
 
 def test_runs_with_and_without_the_task_begin_equal():
-    """Same seed, same backbone weights, same crops."""
-    task, plain = tiny_config(), tiny_config("equivariance.enabled=false")
+    """Same seed, same backbone weights, same crops, same masks but for the views that decoders of a third view read."""
+    task, plain = tiny_config(*PAPERS_FORM), tiny_config("equivariance.enabled=false")
     (task_arch, _), (plain_arch, _) = forward(task), forward(plain)
     torch.testing.assert_close(task_arch.student["backbone"].state_dict(), plain_arch.student["backbone"].state_dict())
     task_batch, plain_batch = one_batch(task), one_batch(plain)
@@ -116,11 +116,11 @@ def test_runs_with_and_without_the_task_begin_equal():
 
 def test_the_third_view_is_for_the_decoders_alone():
     """The base losses see v1 and u; u and g(u) of half of the images go to the decoders."""
-    third = ["equivariance.view=third", "equivariance.third_view_share=0.5", "student.drop_path_rate=0"]
+    third = ["equivariance.third_view_share=0.5", "student.drop_path_rate=0"]
     config = tiny_config(*third, "equivariance.border=zeros")
     views, still = one_batch(config), one_batch(tiny_config("equivariance.enabled=false"))
     assert torch.equal(views.groups[GLOBAL].images, still.groups[GLOBAL].images)
-    transformed = one_batch(tiny_config("equivariance.border=zeros"))
+    transformed = one_batch(tiny_config("equivariance.view=second", "equivariance.border=zeros"))
     rows = views.path_rows
     assert rows.tolist() == [1, 3]
     torch.testing.assert_close(views.groups[PATH].images[0], transformed.groups[GLOBAL].images[1, rows])
@@ -140,18 +140,17 @@ def test_the_third_view_is_for_the_decoders_alone():
 
 
 def test_with_whole_tokens_the_control_of_a_third_view_is_the_plain_method():
-    third = ["equivariance.view=third", "equivariance.border=zeros", "equivariance.invariant_projection=false"]
-    _, control = forward(tiny_config(*third, "equivariance.loss_weight=0"))
+    _, control = forward(tiny_config("equivariance.border=zeros", "equivariance.loss_weight=0"))
     _, plain = forward(tiny_config("equivariance.enabled=false"))
     assert control.losses == plain.losses and control.total == plain.total
-    arch, task = forward(tiny_config(*third))
+    arch, task = forward(tiny_config("equivariance.border=zeros"))
     task.losses["reconstruction"].backward()
     assert gradient_norm(arch.student["backbone"]) > 0 and gradient_norm(arch.student["projection"]) > 0
 
 
 def test_a_third_view_of_local_size():
     """The decoders read, and rebuild, u and g(u) shrunk to the size of a local crop."""
-    third = ["equivariance.view=third", "equivariance.border=zeros", "student.drop_path_rate=0"]
+    third = ["equivariance.border=zeros", "student.drop_path_rate=0"]
     config = tiny_config(*third, "equivariance.third_view_size=local")
     views, whole = one_batch(config), one_batch(tiny_config(*third))
     u, moved = views.groups[PATH].images
@@ -180,7 +179,7 @@ def test_any_number_of_intermediates(num_intermediates, decoder):
 @pytest.mark.parametrize("border", ["zeros", "canvas"])
 def test_every_transform_and_border(transform, border):
     """The second view and the targets are what the transform makes of the base view; black comes in with zeros only."""
-    overrides = [f"equivariance.transform={transform}", f"equivariance.border={border}"]
+    overrides = ["equivariance.view=second", f"equivariance.transform={transform}", f"equivariance.border={border}"]
     config = tiny_config(*overrides)
     batch = next(iter(build_train_loader(config, build_dataset(config.train.dataset_path), 0, 0)))
     views = build_make_views(config)(batch)

@@ -21,7 +21,7 @@ from dinov2_eq.train.finite import NonFiniteError
 from dinov2_eq.train.meter import effective_rank
 from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
 from dinov2_eq.train.train import do_train, main
-from tests.helpers import TINY, in_this_process, tiny_config
+from tests.helpers import PAPERS_FORM, TINY, in_this_process, tiny_config
 from tests.processes import run_ranks
 
 
@@ -72,9 +72,9 @@ def train_until(config, folder, step, monkeypatch):
         [],
         ["equivariance.enabled=false", "train.centering=sinkhorn_knopp", "dino.head_norm_last_layer=true"],
         ["equivariance.loss_weight=0", "optim.clip_grad_per=tensor"],
-        ["equivariance.view=third", "equivariance.third_view_share=0.5", "evaluation.sample_period_steps=3"],
-        ["equivariance.view=third", "equivariance.third_view_share=0.1"],  # most batches have none
-        ["equivariance.view=third", "equivariance.third_view_size=local", "evaluation.sample_period_steps=3"],
+        [*PAPERS_FORM, "evaluation.sample_period_steps=3"],
+        ["equivariance.third_view_share=0.1"],  # most batches have none
+        ["equivariance.third_view_size=local", "evaluation.sample_period_steps=3"],
         ["train.batch_size_per_gpu=2", "train.accumulation_steps=2", "train.num_workers=1"],
         ["dino.loss_weight=0", "dino.koleo_loss_weight=0", "ibot.loss_weight=0", "simclr.loss_weight=1"],
         [
