@@ -243,6 +243,7 @@ def draw(rows: Sequence[dict[str, Any]], k: str) -> str:
     for row in points:
         place = row["knn_top1"][k], row["r2_means"][MEANS[0]]
         axes.annotate(row["run"], place, xytext=(4, 3), textcoords="offset points", fontsize=6)
+    axes.margins(x=0.2, y=0.1)  # room for the names
     axes.set_xlabel(f"{k}-NN top-1 %", fontsize=8)
     axes.set_ylabel("mean border-free R2", fontsize=8)
     axes.tick_params(labelsize=8)
