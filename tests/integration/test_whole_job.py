@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dinov2_eq.config.load import load_config
 from dinov2_eq.run.cli import main
 from tests.browser import needs_browser, opened, require_sound
 from tools import gradient_shares, profile_step, show_views
@@ -61,6 +62,9 @@ def test_gradient_shares(runs, capsys):
     shares = json.loads(capsys.readouterr().out)
     assert shares["step"] == 10 and all(norm > 0 for norm in shares["gradient_norm"].values())
     assert set(shares["gradient_norm"]) == {"dino", "koleo", "ibot", "reconstruction"}
+    depth = load_config(str(runs / "task" / "config.yaml")).student.depth
+    for cosines in shares["cosine_with_others"].values():
+        assert len(cosines) == depth + 2 and all(0 < abs(cosine) < 1 for cosine in cosines.values())
 
 
 def test_cost_of_the_task(capsys):
