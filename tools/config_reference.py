@@ -15,8 +15,8 @@ HEAD = """\
 
 Every key of a training config, with its default. YAML files and `key=value` on the command line change them; whatever
 is neither in these tables nor a key of [DINOv2](from_dinov2.md) is an error. A file may hold `base: NAME`, the path
-(from its folder) of another file or the name of a packaged recipe, and then changes that; of several
-(`base: [A, B]`) the last has the last word. Written by `python tools/config_reference.py` from the classes of the
+(from its folder) of another file or the name of a packaged recipe, and then changes that; in a list,
+`base: [A, B]`, later ones override earlier ones. Written by `python tools/config_reference.py` from the classes of the
 sections.
 """
 

@@ -113,7 +113,7 @@ def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str
         if not names or not all(isinstance(name, str) and name for name in names):
             raise ValueError(
                 f"{path}: base={base!r} must be the path of a YAML file or the name of a packaged recipe, or a list of "
-                "these, of which the last has the last word"
+                "these, in which later ones override earlier ones"
             )
         for name in names:
             bases += _read_with_bases(find_recipe(name, path.parent, f"{path}: base:"), chain)

@@ -124,16 +124,17 @@ def _decoders(config: Config, arch: SSLMetaArch, compute_bytes: int) -> float:
         return 0.0
     images = config.train.batch_size_per_gpu * (path.share if path else 1.0)
     side = crops.local_crops_size if path and path.local_size else crops.global_crops_size
-    patches = (side // config.student.patch_size) ** 2
+    patch_size = objective_context(config).patch_size
+    patches = (side // patch_size) ** 2
     values = 2 * task.equivariant_dim  # the tokens of both views
     if task.decoder == "conv":
-        values += CONV_KEPT_PER_PIXEL * task.decoder_dim * config.student.patch_size**2
+        values += CONV_KEPT_PER_PIXEL * task.decoder_dim * patch_size**2
         kept = compute_bytes * values
     else:
         values += ATTENTION_KEPT_PER_PATCH[task.decoder] * task.decoder_dim
         blocks = arch.objectives["reconstruction"].decoders[0].blocks
         kept = compute_bytes * values + sum(kept_per_token(block, compute_bytes) for block in blocks)
-    kept += 2 * FLOAT_BYTES * 3 * config.student.patch_size**2  # the loss keeps image and target
+    kept += 2 * FLOAT_BYTES * 3 * patch_size**2  # the loss keeps image and target
     return task.num_intermediates * images * patches * kept
 
 

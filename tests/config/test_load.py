@@ -44,7 +44,7 @@ def test_a_base_is_a_file_or_a_recipe(tmp_path, monkeypatch):
     assert load_config("run.yaml") == load_config(None, ["train.seed=9"])
 
 
-def test_of_several_bases_the_last_has_the_last_word(tmp_path):
+def test_later_bases_override_earlier_ones(tmp_path):
     (tmp_path / "first.yaml").write_text("train: {seed: 3, batch_size_per_gpu: 8}\n")
     (tmp_path / "second.yaml").write_text("base: first.yaml\ntrain: {seed: 4}\n")
     (tmp_path / "run.yaml").write_text("base: [debug, first.yaml, second.yaml]\noptim: {steps: 7}\n")
