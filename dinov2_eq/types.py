@@ -120,7 +120,7 @@ class NetworkOutput(NamedTuple):
     modules: nn.ModuleDict  # "projection" and the heads
 
     def invariant(self, tokens: Tensor) -> Tensor:
-        """Projects tokens [..., D] to z_inv [..., D_inv], which is all that the base losses see."""
+        """Returns what the base losses see of tokens [..., D]: the tokens, or a projection z_inv [..., D_inv]."""
         return self.modules["projection"].invariant(tokens)
 
     def equivariant(self, tokens: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from dinov2_eq.config.load import load_config
+from dinov2_eq.config.load import find_recipe, load_config
 from dinov2_eq.config.schema import Config
+from dinov2_eq.config.yaml_files import read_yaml
 from dinov2_eq.run import cli
 
 TINY = [
@@ -24,12 +25,10 @@ TINY = [
     "evaluation.knn_period_steps=0",
     "evaluation.sample_period_steps=0",
 ]
-# As in the recipe `paper_task`.
+# The recipe `paper_task` as overrides.
 PAPERS_FORM = [
-    "equivariance.view=second",
-    "equivariance.invariant_projection=true",
-    "equivariance.decoder=conv",
-    "equivariance.loss_weight=1",
+    f"equivariance.{key}={str(value).lower()}"
+    for key, value in read_yaml(find_recipe("paper_task"))["equivariance"].items()
 ]
 
 

@@ -4,7 +4,7 @@ The plot shows R2 against k-NN accuracy: what a form of the task brings, and wha
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    earlier = [read_collected(path) for path in args.runs if path.is_file()]
+    earlier = {str(path): read_collected(path) for path in args.runs if path.is_file()}
     runs = [load_runs([folder])[0] for folder in args.runs if not folder.is_file()]
     for run in runs:
         for probe in PROBES:
             check_results(run, probe)
     protocols = {probe: common_protocol(earlier, runs, probe) for probe in PROBES}
-    rows = [row for collected in earlier for row in collected["rows"]]
-    rows += [row for row in untrained_rows(runs) if row not in rows]
-    rows += map(row_of, runs)
+    rows = [row for collected in earlier.values() for row in collected["rows"]]
+    rows = unique([*rows, *untrained_rows(runs), *map(row_of, runs)])
     k = choose_k(rows, args.k)
     write_results(args.output, {**{f"{probe}_protocol": protocols[probe] for probe in PROBES}, "rows": rows})
     text = markdown(rows, k)
@@ -68,10 +67,29 @@ def read_collected(path: Path) -> dict[str, Any]:
     with as_written(path):
         for probe in PROBES:
             check_types([collected[f"{probe}_protocol"]], dict)
+        check_types([collected["rows"]], list)
         for row in collected["rows"]:
             check_types([row["run"], row["kind"]], str)
             check_types([row["r2"], row["r2_means"], row.get("knn_top1", {})], dict)
+            check_types([score["pooled"] for score in row["r2"].values()], (int, float))
+            check_types([*row["r2_means"].values(), *row.get("knn_top1", {}).values()], (int, float))
+            if not all(k.isdigit() for k in row.get("knn_top1", {})):
+                raise TypeError(f"numbers of neighbours {[*row['knn_top1']]}")
     return collected
+
+
+def unique(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without repetitions; raises ValueError if two different runs have one name."""
+    found: dict[str, dict[str, Any]] = {}
+    kept = []
+    for row in rows:
+        if row["kind"] != "untrained" and found.setdefault(row["run"], row) != row:
+            raise ValueError(
+                f"There are two different runs of the name {row['run']}: give each once, and rename the folder of one"
+            )
+        if row not in kept:
+            kept.append(row)
+    return kept
 
 
 def results_of(run: Run, probe: str) -> dict[str, Any] | None:
@@ -104,13 +122,13 @@ def protocol_of(run: Run, probe: str) -> dict[str, Any]:
     return protocol | {key: without_folders(protocol[key]) for key in ("train_dataset", "val_dataset")}
 
 
-def common_protocol(earlier: Sequence[dict[str, Any]], runs: Sequence[Run], probe: str) -> dict[str, Any]:
-    """The protocol that all runs, and those of earlier collections, were probed with.
+def common_protocol(earlier: Mapping[str, dict[str, Any]], runs: Sequence[Run], probe: str) -> dict[str, Any]:
+    """The protocol that all runs, and those of earlier collections (by path), were probed with.
 
     Raises:
         ValueError: the protocol of a run differs from that of the first.
     """
-    protocols = [("the earlier runs", collected[f"{probe}_protocol"]) for collected in earlier]
+    protocols = [(path, collected[f"{probe}_protocol"]) for path, collected in earlier.items()]
     protocols += [(str(run.folder), protocol_of(run, probe)) for run in runs]
     (first, expected), *others = protocols
     for name, protocol in others:
@@ -126,6 +144,8 @@ def common_protocol(earlier: Sequence[dict[str, Any]], runs: Sequence[Run], prob
 def choose_k(rows: Sequence[dict[str, Any]], wanted: int | None) -> str:
     """The wanted k, or else the largest one that all runs have; raises ValueError if there is none."""
     by_run = {row["run"]: set(map(int, row["knn_top1"])) for row in rows if "knn_top1" in row}
+    if not by_run:
+        raise ValueError("There is no run with a k-NN accuracy; give at least one run folder")
     common = set.intersection(*by_run.values())
     usable = common if wanted is None else common & {wanted}
     if not usable:

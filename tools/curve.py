@@ -1,7 +1,7 @@
 """Writes how k-NN accuracy and R2 changed in runs that continued from weights: JSON, a Markdown table and a picture.
 
     dinov2-eq eval equivariance --encoder START RUN/eval/training_* --no-random-init --output-dir RUN/curve ...
-    python tools/curve.py task=RUN disabled=OTHER --output docs/results/continued.json
+    python tools/curve.py task=RUN disabled=OTHER --output curves.json
 
 k-NN comes from the run itself (evaluation.knn_period_steps). R2 comes from the first command, where START are the
 weights that the run started from.

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         columns.append((f"target, {share} theta", snapshot.intermediate_targets[k]))
         if snapshot.reconstructions is not None:
             columns.append((f"rebuilt, step {snapshot.step}", snapshot.reconstructions[k]))
-    columns.append(("transformed v2", snapshot.transformed_view))
+    columns.append(("transformed", snapshot.transformed_view))
 
     figure = Figure(figsize=(1.5 * len(columns), 1.6 * args.images), dpi=120, layout="constrained")
     grid = figure.subplots(args.images, len(columns), squeeze=False)

@@ -79,8 +79,7 @@ def _objectives(config: Config, kind: BackboneKind) -> Iterator[str]:
     context = objective_context(config)
     sections = {name: section for name, section in config.objectives().items() if section.is_used()}
     for name, section in sections.items():
-        if not any(problems_of(name, section)):  # how values go together can be asked of possible ones only
-            yield from section.problems(name, context)
+        yield from section.problems(name, context)
     weights = [weight for section in sections.values() for weight in section.weights().values()]
     if not any(weight > 0 for weight in weights):
         yield "every loss_weight is 0, so there is nothing to learn; set one above 0, for example dino.loss_weight=1"

@@ -101,7 +101,10 @@ def to_yaml(config: Config) -> str:
 
 
 def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[Keys, Any]]]:
-    """Reads a file and, before it, the files or recipes that its key `base` names, relative to it, and their bases."""
+    """Reads a file and, before it, the files or recipes that its key `base` names, relative to it, and their bases.
+
+    A file that several of them are based on is read once, the first time, and does not undo what came after it.
+    """
     chain = (*above, path)
     if path.resolve() in [other.resolve() for other in above]:
         raise ValueError(f"{above[0]}: base is circular: {' -> '.join(map(str, chain))}; remove one of them")
@@ -116,7 +119,10 @@ def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str
                 "these, in which later ones override earlier ones"
             )
         for name in names:
-            bases += _read_with_bases(find_recipe(name, path.parent, f"{path}: base:"), chain)
+            read = {Path(source).resolve() for source, _ in bases}
+            for source, leaves in _read_with_bases(find_recipe(name, path.parent, f"{path}: base:"), chain):
+                if Path(source).resolve() not in read:
+                    bases.append((source, leaves))
     return [*bases, (str(path), _leaves(values))]
 
 

@@ -9,13 +9,13 @@ PREFIX = "projection."
 
 
 class TokenSplit(nn.Module):
-    """Projects tokens linearly to d_patch channels, of which the last `equivariant_dim` are the equivariant part.
+    """Two linear maps of a token: `invariant` for the base losses, `equivariant` for the decoders.
 
-    The two parts are two linear maps, so that each reader computes its own only: the base losses `invariant`, the
-    decoders `equivariant`. Together they are one projection cut in two.
+    Together they are the paper's projection to d_patch = invariant_dim + equivariant_dim channels, cut in two; as two
+    maps, each reader computes its own part only.
 
     Args:
-        invariant_dim: None: the invariant part is the whole token, without a projection.
+        invariant_dim: None (ours): the base losses read the whole token, without a projection.
     """
 
     def __init__(self, dim: int, invariant_dim: int | None, equivariant_dim: int) -> None:

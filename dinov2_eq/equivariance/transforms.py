@@ -1,7 +1,7 @@
 """The transforms g_theta whose effect the features must keep.
 
 A transform draws its parameters (`sample`), shortens them (`scaled`) and applies them to a batch (`apply`). The task
-applies `apply(u, theta)` to make the transformed view v2 and `apply(u, scaled(theta, k / (K + 1)))`, k = 1..K, to make
+applies `apply(u, theta)` to make the transformed view and `apply(u, scaled(theta, k / (K + 1)))`, k = 1..K, to make
 the intermediate targets (Wang et al., arXiv 2503.18753, section 3).
 
 A transform of your own is a subclass with one decorator; name it in `equivariance.transform`, or as

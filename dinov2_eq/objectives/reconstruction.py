@@ -23,7 +23,7 @@ class EquivarianceConfig(ObjectiveSettings):
     enabled: bool = setting(True, "false: nothing of the task is built and the run is the plain base method")
     loss_weight: float = setting(
         10.0,
-        "lambda in the total loss; 0: the control, transformed and split but nothing reconstructed",
+        "lambda in the total loss; 0: the control, which has the same views and reconstructs nothing",
         interval="[0, inf)",
     )
     gradient_share: float | None = setting(
@@ -150,7 +150,7 @@ class EquivarianceConfig(ObjectiveSettings):
                 f"equivariance.patch_dim={self.patch_dim}, or nothing is left for the base losses"
             )
         side = self.third_view_size if self.view == "third" else GLOBAL
-        size, patch_size = context.crop_sizes[side], context.patch_size
+        size, patch_size = context.crop_sizes.get(side, 0), context.patch_size  # 0: not one of the choices
         if self.loss_weight > 0 and size % patch_size:
             yield (
                 f"crops.{side}_crops_size={size} is not made of whole patches of {patch_size} pixels, which the "

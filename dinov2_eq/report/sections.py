@@ -105,7 +105,7 @@ def _settings(run: Run) -> dict[str, str]:
     if not task["enabled"]:
         role = "off: the plain base method"
     elif not run.reconstructs:
-        role = "control, \u03bb = 0: views transformed, features split, nothing reconstructed"
+        role = "control, \u03bb = 0: nothing reconstructed"
     else:
         role = f"on, \u03bb = {task['loss_weight']:g}"
     last_step = run.metrics[-1]["step"] if run.metrics else 0

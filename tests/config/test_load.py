@@ -52,12 +52,18 @@ def test_later_bases_override_earlier_ones(tmp_path):
     assert load_config(str(tmp_path / "run.yaml")) == load_config("debug", expected)
 
 
+def test_what_two_bases_are_based_on_is_read_once(tmp_path):
+    """The second does not take back what the first changed in it."""
+    (tmp_path / "run.yaml").write_text("base: [cifar10/simclr_eq, cifar10/ibot]\n")
+    config = load_config(str(tmp_path / "run.yaml"))
+    assert config.equivariance.enabled and config.ibot.loss_weight == 1
+
+
 def test_the_papers_task_goes_on_top_of_any_recipe(tmp_path):
     (tmp_path / "run.yaml").write_text("base: [ibot_vits16, paper_task]\n")
     config, plain = load_config(str(tmp_path / "run.yaml")), load_config("ibot_vits16")
-    task = config.equivariance
-    assert (task.view, task.invariant_projection, task.decoder, task.loss_weight) == ("second", True, "conv", 1.0)
-    assert replace(config, equivariance=plain.equivariance) == plain
+    form = {"enabled": True, "view": "second", "invariant_projection": True, "loss_weight": 1.0, "decoder": "conv"}
+    assert config == replace(plain, equivariance=replace(plain.equivariance, **form, decoder_depth=2))
 
 
 @pytest.mark.parametrize(

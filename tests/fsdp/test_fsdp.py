@@ -35,7 +35,7 @@ METHODS = {
     ("simclr", "centering", "transformer", "self_attention"): "demo",
     ("simclr", "centering", "resnet", "nothing"): "cifar10/simclr_resnet18",
     ("vicreg", "centering", "transformer", "nothing"): "vicreg_vits16",
-    ("vicreg", "centering", "transformer", "conv"): "cifar10/vicreg_eq",
+    ("vicreg", "centering", "transformer", "conv"): "cifar10/vicreg_paper",
     ("vicreg", "centering", "resnet", "nothing"): "vicreg_resnet50",
 }
 STEPS = 5

@@ -61,6 +61,7 @@ def test_rows_say_what_was_run(tmp_path):
     assert "transform" not in base and control["loss_weight"] == 0 and task["loss_weight"] > 0
     config = load_config("debug")
     assert task["batch_size"] == 2 * config.train.batch_size_per_gpu and task["images_seen"] == 10 * task["batch_size"]
+    assert (control["view"], control["invariant_projection"]) == ("third", False)
     assert (task["seed"], task["steps"], task["device"], task["commit"]) == (7, 10, "cpu, 1 threads", "abc")
     assert (task["arch"], task["patch_size"]) == (config.student.arch, config.student.patch_size)
     assert task["data"] == results["knn_protocol"]["val_dataset"] == "CIFAR10:split=TRAIN:root=cifar10"
@@ -83,7 +84,7 @@ def test_runs_are_added_to_an_earlier_collection(tmp_path):
     collect(tmp_path, first)
     assert collect(tmp_path, [str(tmp_path / "results/all.json"), *second]) == expected
     with pytest.raises(
-        ValueError, match=r"knn results of .*/other cannot be compared with those of the earlier runs: epo"
+        ValueError, match=r"knn results of .*/other cannot be compared with those of .*/all.json: epochs"
     ):
         collect(tmp_path, [str(tmp_path / "results/all.json"), write_run(tmp_path / "other", epochs=50)])
 
@@ -98,13 +99,40 @@ def test_the_plot_has_a_point_for_each_run(tmp_path):
     assert plot.count("plain_7") == plot.count("task_7") == 1 and "random init" not in plot
 
 
+ROW = {"run": "a", "kind": "task", "r2": {}, "r2_means": {}, "knn_top1": {"20": 50.0}}
+
+
 @pytest.mark.parametrize(
-    "content", ["[]", '{"rows": []}', '{"knn_protocol": {}, "equivariance_protocol": {}, "rows": [{}]}']
+    "content",
+    [
+        [],
+        {"rows": []},
+        {"rows": {}},
+        *({"rows": [row]} for row in ({}, ROW | {"r2": {"rotation/canvas": 0.5}}, ROW | {"knn_top1": {"ten": 1.0}})),
+    ],
 )
 def test_a_damaged_collection_is_named(tmp_path, content):
-    (tmp_path / "earlier.json").write_text(content)
+    if content and content["rows"] != []:
+        content |= {"knn_protocol": {}, "equivariance_protocol": {}}
+    (tmp_path / "earlier.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"earlier\.json"):
         collect(tmp_path, [str(tmp_path / "earlier.json")])
+
+
+def test_a_run_counts_once(tmp_path):
+    """However often it is given; another run of its name is an error."""
+    run = write_run(tmp_path / "a", random_init=True)
+    expected, earlier = collect(tmp_path, [run]), str(tmp_path / "results/all.json")
+    assert collect(tmp_path, [earlier, run]) == collect(tmp_path, [run, run]) == expected
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="two different runs of the name a: give each once"):
+        collect(tmp_path, [run, write_run(tmp_path / "other/a", "train.seed=3", random_init=True)])
+
+
+def test_a_collection_without_accuracies(tmp_path):
+    (tmp_path / "empty.json").write_text('{"knn_protocol": {}, "equivariance_protocol": {}, "rows": []}')
+    with pytest.raises(ValueError, match="no run with a k-NN accuracy"):
+        collect(tmp_path, [str(tmp_path / "empty.json")])
 
 
 def test_neighbours_of_the_table(tmp_path):

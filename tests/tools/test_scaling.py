@@ -117,8 +117,16 @@ def test_a_step_takes_the_largest_power_of_two_that_fits(gpus, more_than_fits):
     assert fits <= limit and (doubled > limit if more_than_fits else split.accumulation == 1)
 
 
+def test_a_third_view_is_not_counted_wrongly(monkeypatch):
+    monkeypatch.setattr(scaling, "MODELS", {"small": ("debug", [])})
+    with pytest.raises(
+        ValueError, match="small: operations of a third view are not counted yet; set equivariance.view"
+    ):
+        scaling.count("small")
+
+
 def test_the_tool_writes_results_and_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(scaling, "MODELS", {"tiny": ("debug", ["train.num_workers=0"])})
+    monkeypatch.setattr(scaling, "MODELS", {"tiny": ("debug", ["equivariance.view=second"])})
     page = tmp_path / "page.md"
     page.write_text(f"before\n{scaling.BEGIN}\nold\n{scaling.END}\nafter\n")
     scaling.main(["--output", str(tmp_path / "scaling.json"), "--document", str(page)])

@@ -65,14 +65,22 @@ def test_what_a_resnet_keeps(arch):
 
 # In float32 alone: on a CPU autocast runs the decoders' upsampling in float32, on a GPU in bfloat16.
 @pytest.mark.parametrize(
-    ("decoder", "patch_size"), [("conv", 16), ("conv", 14), ("cross_attention", 16), ("self_attention", 16)]
+    ("decoder", "patch_size", "third_view"),
+    [
+        ("conv", 16, "view=second"),
+        ("conv", 14, "third_view_share=1"),
+        ("cross_attention", 16, "third_view_share=0.5"),
+        ("self_attention", 16, "third_view_share=0.5"),
+        ("self_attention", 16, "third_view_size=local"),
+    ],
 )
-def test_activations_of_a_forward(decoder, patch_size):
+def test_activations_of_a_forward(decoder, patch_size, third_view):
     """Two blocks of ViT-S with heads and decoders of the usual proportions, on crops of 224 and 7 patches."""
     config = load_config(
         "vits16_eq",
         [
             f"equivariance.decoder={decoder}",
+            f"equivariance.{third_view}",
             "equivariance.equivariant_dim=512",
             "equivariance.patch_dim=2048",
             f"student.patch_size={patch_size}",
