@@ -9,9 +9,9 @@ SIGN = Path("slowly")  # in the working directory of the run
 
 
 class Slow(SE2):
-    """As `se2`, and a second longer while there is a file called `SIGN`."""
+    """As `se2`, and half a second longer while there is a file called `SIGN`, in each of two calls a step."""
 
     def apply(self, images, theta, size):
         if SIGN.exists():
-            time.sleep(1)
+            time.sleep(0.5)
         return super().apply(images, theta, size)
