@@ -15,7 +15,7 @@ from dinov2_eq.data.datasets.data_string import parse_data_string
 from dinov2_eq.evaluation.results import write_results
 from dinov2_eq.files import as_written, check_types, read_json
 from dinov2_eq.models import ARCHS
-from dinov2_eq.report.figures import as_svg
+from dinov2_eq.report.figures import as_svg, tidy
 from dinov2_eq.report.runs import Run, load_runs
 
 TASKS = ("rotation", "translation", "color_jitter", "blur")
@@ -254,21 +254,20 @@ def draw(rows: Sequence[dict[str, Any]], k: str) -> str:
     """Draws the mean border-free R2 of all runs against their k-NN accuracy, as SVG."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    points = [row for row in rows if "knn_top1" in row and MEANS[0] in row["r2_means"]]
-    for kind in dict.fromkeys(row["kind"] for row in points):
-        x, y = zip(
-            *((row["knn_top1"][k], row["r2_means"][MEANS[0]]) for row in points if row["kind"] == kind), strict=True
-        )
+    points = [
+        (row["run"], row["kind"], row["knn_top1"][k], row["r2_means"][MEANS[0]])
+        for row in rows
+        if "knn_top1" in row and MEANS[0] in row["r2_means"]
+    ]
+    for kind in dict.fromkeys(kind for _, kind, *_ in points):
+        x, y = zip(*(place for _, its, *place in points if its == kind), strict=True)
         axes.scatter(x, y, s=24, label=kind)
-    for row in points:
-        place = row["knn_top1"][k], row["r2_means"][MEANS[0]]
-        axes.annotate(row["run"], place, xytext=(4, 3), textcoords="offset points", fontsize=6)
+    for name, _, *place in points:
+        axes.annotate(name, place, xytext=(4, 3), textcoords="offset points", fontsize=6)
     axes.margins(x=0.2, y=0.1)  # room for the names
     axes.set_xlabel(f"{k}-NN top-1 %", fontsize=8)
     axes.set_ylabel("mean border-free R2", fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.grid(linewidth=0.4)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     if points:
         axes.legend(fontsize=8)
     return as_svg(figure)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from dinov2_eq.evaluation.report_card import MEANS
 from dinov2_eq.evaluation.results import write_results
 from dinov2_eq.files import as_written, read_json
-from dinov2_eq.report.figures import as_svg
+from dinov2_eq.report.figures import as_svg, tidy
 from dinov2_eq.report.runs import Run, load_runs
 from dinov2_eq.train.online_knn import KNN_TOP1
 
@@ -130,9 +130,7 @@ def draw(curves: Curves, columns: Sequence[str], colors: Mapping[str, str]) -> s
             axes.plot(*points, color=colors[run], marker="o", markersize=3, label=run)
         axes.set_title(PANELS[name], fontsize=9)
         axes.set_xlabel("step", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(linewidth=0.4)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     axes.legend(fontsize=8)
     return as_svg(figure)
 

@@ -163,11 +163,11 @@ def count(name: str) -> dict[str, Any]:
 
 def measure_block(name: str) -> dict[str, float]:
     """Measures the bytes that autograd keeps for one token in one block at full width, in bfloat16 on the CPU."""
-    student, crops = config_of(name).student, config_of(name).crops
+    student = config_of(name).student
     backbone = build_backbone(
         student.arch,
         patch_size=student.patch_size,
-        img_size=crops.global_crops_size,
+        img_size=student.patch_size,  # only the block is measured, on tokens of its own
         depth=1,
         drop_path_rate=student.drop_path_rate,
         layerscale=student.layerscale,

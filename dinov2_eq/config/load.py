@@ -109,7 +109,7 @@ def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str
     if path.resolve() in [other.resolve() for other in above]:
         raise ValueError(f"{above[0]}: base is circular: {' -> '.join(map(str, chain))}; remove one of them")
     values = read_yaml(path)
-    bases: list[tuple[str, dict[Keys, Any]]] = []
+    bases: dict[Path, tuple[str, dict[Keys, Any]]] = {}
     if "base" in values:
         base = values.pop("base")
         names = base if isinstance(base, list) else [base]
@@ -119,11 +119,9 @@ def _read_with_bases(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str
                 "these, in which later ones override earlier ones"
             )
         for name in names:
-            read = {Path(source).resolve() for source, _ in bases}
             for source, leaves in _read_with_bases(find_recipe(name, path.parent, f"{path}: base:"), chain):
-                if Path(source).resolve() not in read:
-                    bases.append((source, leaves))
-    return [*bases, (str(path), _leaves(values))]
+                bases.setdefault(Path(source).resolve(), (source, leaves))
+    return [*bases.values(), (str(path), _leaves(values))]
 
 
 def _leaves(values: Any, above: Keys = ()) -> dict[Keys, Any]:

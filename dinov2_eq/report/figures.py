@@ -143,6 +143,13 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.array([w.mean() for w in windows[0]]), np.array([w.mean() for w in windows[1]])
 
 
+def tidy(axes: Axes) -> None:
+    """Gives the axes of a plot in the documentation small numbers, a thin grid and no frame."""
+    axes.tick_params(labelsize=8)
+    axes.grid(linewidth=0.4)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def as_svg(figure: Figure) -> str:
     """Renders a figure as an SVG file; the same figure always gives the same text."""
     buffer = io.StringIO()
