@@ -165,6 +165,12 @@ class CropsConfig:
     global_crops_size: int = setting(224, "side in pixels", interval="[0, inf)")
     local_crops_size: int = setting(96, "side in pixels", interval="[0, inf)")
     horizontal_flip: float = setting(0.5, "probability", interval="[0, 1]")
+    max_rotation_deg: float = setting(
+        0.0,
+        "every view is turned by its own angle, uniform in [-max, max] degrees, so that base losses do not care how an "
+        "image lies: for images without an up; 0: none is turned",
+        interval="[0, 180]",
+    )
     jitter_prob: float = setting(0.8, "probability of colour jitter", interval="[0, 1]")
     jitter: list[float] = setting(
         [0.4, 0.4, 0.2, 0.1],

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dinov2_eq.data.crops import crop_resized, draw_crop_box
+from dinov2_eq.data.crops import crop_turned, draw_crop_box
 from dinov2_eq.data.photometric import apply_photometric
 from dinov2_eq.equivariance.pairing import Pairing
 from dinov2_eq.settings import CropsConfig
@@ -44,16 +44,18 @@ class MultiCrop:
         num_local: local crops of each image.
 
     Raises:
-        ValueError: the images come in pairs, and some would be mirrored.
+        ValueError: the images come in pairs, and some would be mirrored or turned.
     """
 
     def __init__(self, crops: CropsConfig, pairing: Pairing, num_local: int) -> None:
-        if pairing.reads_pairs and crops.horizontal_flip > 0:
-            raise ValueError(
-                f"crops.horizontal_flip={crops.horizontal_flip} mirrors images of a pair, so that theta no longer "
-                "leads from one to the other; set it to 0"
-            )
+        for key, change in (("horizontal_flip", "mirrors"), ("max_rotation_deg", "turns")):
+            if pairing.reads_pairs and getattr(crops, key) > 0:
+                raise ValueError(
+                    f"crops.{key}={getattr(crops, key)} {change} images of a pair, so that theta no longer leads from "
+                    "one to the other; set it to 0"
+                )
         self.horizontal_flip = crops.horizontal_flip
+        self.max_rotation_deg = crops.max_rotation_deg
         self.jitter_prob = crops.jitter_prob
         self.jitter = torch.tensor(list(crops.jitter))
         self.grey_prob = crops.grey_prob
@@ -85,14 +87,17 @@ class MultiCrop:
         boxes = [draw_crop_box(image.size, scale, generator) for image, scale in zip(images, self.scales, strict=True)]
         flips = (torch.rand(num_views, generator=generator) < self.horizontal_flip).tolist()
         photometric = self._draw_photometric(generator)
+        angles = [0.0] * num_views
+        if self.max_rotation_deg > 0:
+            angles = (self.max_rotation_deg * (2 * torch.rand(num_views, generator=generator) - 1)).tolist()
         drawn = self.pairing.draw(pair, generator)
 
         sizes = list(self.sizes)
         factors = [canvas / side for canvas, side in zip(self.canvas_size, sizes[1], strict=True)]
         boxes[1], sizes[1] = boxes[1].enlarged(factors[1], factors[0]), self.canvas_size
         crops = []
-        for image, box, flip, size in zip(images, boxes, flips, sizes, strict=True):
-            pixels = crop_resized(image, box, size)  # [H, W, 3]
+        for image, box, angle, flip, size in zip(images, boxes, angles, flips, sizes, strict=True):
+            pixels = crop_turned(image, box, size, angle)  # [H, W, 3]
             pixels = pixels[:, ::-1] if flip else pixels
             crops.append(torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))))
         anchor_crop, base_canvas, *local_crops = crops

@@ -62,6 +62,24 @@ def crop_resized(image: Image.Image, box: Box, size: tuple[int, int]) -> np.ndar
     return np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=edges))
 
 
+def crop_turned(image: Image.Image, box: Box, size: tuple[int, int], angle_deg: float) -> np.ndarray:
+    """Turns the content of the box counter-clockwise about its centre, and resizes it to `size` = (H, W).
+
+    The corners are filled with what lies around the box. Returns [H, W, 3] uint8; an angle of 0 is `crop_resized`.
+    """
+    if angle_deg == 0:
+        return crop_resized(image, box, size)
+    (height, width), angle = size, math.radians(angle_deg)
+    cosine, sine = abs(math.cos(angle)), abs(math.sin(angle))
+    # Margins that hold the turned rectangle and the reach of the bicubic kernel, the same on both sides of the centre.
+    margin_y = max(math.ceil((height * cosine + width * sine - height) / 2), 0) + 2
+    margin_x = max(math.ceil((width * cosine + height * sine - width) / 2), 0) + 2
+    outer = (height + 2 * margin_y, width + 2 * margin_x)
+    around = crop_resized(image, box.enlarged(outer[1] / width, outer[0] / height), outer)
+    turned = Image.fromarray(around).rotate(angle_deg, Image.Resampling.BICUBIC)
+    return np.asarray(turned)[margin_y : margin_y + height, margin_x : margin_x + width]
+
+
 def _mirrored(image: Image.Image, edges: tuple[float, float, float, float]) -> tuple[Image.Image, tuple[int, int]]:
     """Crops the image to `edges` (left, top, right, bottom), and mirrors it where they lie outside.
 

@@ -108,9 +108,26 @@ def test_flips():
     assert torch.equal(plain.local_crops.flip(-1), flipped.local_crops)
 
 
+def test_turned_views():
+    image = build_dataset("Shapes:size=64").read(0)
+    transform = build_transform("se2")
+    plain, turned = (
+        draw(make_multi_crop(transform, max_rotation_deg=angle, num_local=2), 1, image) for angle in (0.0, 180.0)
+    )
+    assert turned.anchor_crop.shape == plain.anchor_crop.shape and turned.base_canvas.shape == plain.base_canvas.shape
+    assert not torch.equal(turned.anchor_crop, plain.anchor_crop)
+    assert not torch.equal(turned.local_crops[0], plain.local_crops[0])
+    for name, same in zip(plain.photometric._fields, plain.photometric, strict=True):
+        assert torch.equal(same, getattr(turned.photometric, name))
+    grey = Image.new("RGB", (64, 64), (90, 90, 90))
+    crop = draw(make_multi_crop(transform, max_rotation_deg=180.0), 1, grey)
+    assert (crop.base_canvas == 90).all() and (crop.anchor_crop == 90).all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_rotation_deg": 180.0}])
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (400, 2)])
-def test_tiny_and_extreme_images(size):
-    sample = draw(make_multi_crop(build_transform("se2")), image=Image.new("RGB", size, (1, 2, 3)))
+def test_tiny_and_extreme_images(size, changes):
+    sample = draw(make_multi_crop(build_transform("se2"), **changes), image=Image.new("RGB", size, (1, 2, 3)))
     assert (sample.base_canvas.float().mean((1, 2)) == torch.tensor([1.0, 2.0, 3.0])).all()
 
 

@@ -3,8 +3,9 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.functional import InterpolationMode, rotate
 
-from dinov2_eq.data.crops import RATIO_MIN_MAX, Box, crop_resized, draw_crop_box
+from dinov2_eq.data.crops import RATIO_MIN_MAX, Box, crop_resized, crop_turned, draw_crop_box
 from dinov2_eq.data.datasets import build_dataset
 
 
@@ -52,3 +53,37 @@ def test_tiny_images_have_a_canvas(size):
     image = Image.new("RGB", size, (10, 200, 30))
     canvas = crop_resized(image, Box(0, 0, *size).enlarged(1.6, 1.6), (20, 20))
     assert (canvas == [10, 200, 30]).all()
+
+
+def test_no_angle_is_the_plain_crop():
+    image = build_dataset("Shapes:size=96").read(0)
+    box = Box(10, 20, 60, 48)
+    assert np.array_equal(crop_turned(image, box, (24, 32), 0.0), crop_resized(image, box, (24, 32)))
+
+
+@pytest.mark.parametrize("angle_deg", [90.0, -90.0, 180.0])
+def test_right_angles(angle_deg):
+    image = build_dataset("Shapes:size=96").read(0)
+    box = Box(16, 24, 48, 48)
+    turned = crop_turned(image, box, (24, 24), angle_deg).astype(int)
+    expected = np.rot90(crop_resized(image, box, (24, 24)), round(angle_deg / 90)).astype(int)
+    assert np.abs(turned - expected)[1:-1, 1:-1].max() <= 4
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 48), (48, 24)])
+@pytest.mark.parametrize("angle_deg", [10.0, -37.0, 140.0])
+def test_turned_crops_are_crops_of_the_turned_image(angle_deg, size):
+    """The box lies in the middle and keeps its resolution, so turning the whole image does the same."""
+    image = build_dataset("Shapes:size=128").read(3)
+    height, width = size
+    box = Box((128 - width) / 2, (128 - height) / 2, width, height)
+    turned = np.asarray(rotate(image, angle_deg, InterpolationMode.BICUBIC))
+    expected = turned[(128 - height) // 2 : (128 + height) // 2, (128 - width) // 2 : (128 + width) // 2]
+    crop = crop_turned(image, box, size, angle_deg)
+    assert crop.shape == (*size, 3)
+    assert np.abs(crop.astype(int) - expected).max() <= 2
+
+
+def test_corners_of_a_turned_crop_hold_what_lies_around_the_box():
+    image = Image.new("RGB", (96, 96), (200, 10, 10))
+    assert (crop_turned(image, Box(0, 0, 96, 96), (32, 32), 45.0) == [200, 10, 10]).all()

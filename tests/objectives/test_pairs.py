@@ -132,9 +132,11 @@ def test_single_images_are_refused(tmp_path, capsys):
     assert "'Shapes:size=32' has single images, and an objective of the config needs pairs" in capsys.readouterr().err
 
 
-def test_mirrored_pairs_are_refused():
+def test_mirrored_or_turned_pairs_are_refused():
     with pytest.raises(ValueError, match=r"crops\.horizontal_flip=0\.5 mirrors images of a pair"):
         MultiCrop(CropsConfig(), RenderedPairing(("angle",)), num_local=0)
+    with pytest.raises(ValueError, match=r"crops\.max_rotation_deg=10\.0 turns images of a pair"):
+        MultiCrop(CropsConfig(horizontal_flip=0.0, max_rotation_deg=10.0), RenderedPairing(("angle",)), num_local=0)
 
 
 def test_between_the_images_there_is_nothing():
