@@ -68,7 +68,7 @@ class TransformPairing(Pairing):
 
     def __init__(self, transform: Transform, border: str, second: float = 1.0) -> None:
         if border not in BORDERS:
-            raise ValueError(f"equivariance.border={border!r} is unknown; known are {', '.join(BORDERS)}.")
+            raise ValueError(f"border={border!r} is unknown; known are {', '.join(BORDERS)}.")
         self.transform = transform
         self.border = border
         self.second = second

@@ -112,17 +112,17 @@ def build_transform(name: str, **ranges) -> Transform:
             found = vars(importlib.import_module(module)).get(attribute)
         except ImportError as error:
             raise ValueError(
-                f"equivariance.transform={name!r}: module {module!r} cannot be imported ({error}); "
+                f"transform={name!r}: module {module!r} cannot be imported ({error}); "
                 "install the module, or run where it lies with PYTHONPATH=."
             ) from error
         if not (isinstance(found, type) and issubclass(found, Transform)):
-            raise ValueError(f"equivariance.transform={name!r}: module {module!r} has no Transform named {attribute!r}")
+            raise ValueError(f"transform={name!r}: module {module!r} has no Transform named {attribute!r}")
         return found(TransformRanges(**ranges))
     if name not in TRANSFORMS:
         near = difflib.get_close_matches(name, TRANSFORMS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"Unknown transform {name!r} (equivariance.transform); available: {', '.join(sorted(TRANSFORMS))}, "
+            f"transform={name!r} is unknown; available: {', '.join(sorted(TRANSFORMS))}, "
             f"or package.module:ClassName.{hint}"
         )
     return TRANSFORMS[name](TransformRanges(**ranges))

@@ -11,15 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_eq.equivariance.decoders import DECODERS, HEAD_DIM, build_decoder
-from dinov2_eq.equivariance.pairing import BORDERS, TransformPairing
-from dinov2_eq.equivariance.transforms import Transform, build_transform
-from dinov2_eq.objectives.base import Context, Needs, Objective, ObjectiveSettings
-from dinov2_eq.settings import LARGEST_HUE, LOW_HIGH, setting
+from dinov2_eq.objectives.base import Context, Needs, Objective
+from dinov2_eq.objectives.transformed import TransformSettings
+from dinov2_eq.settings import setting
 from dinov2_eq.types import GLOBAL, LOCAL, PATH, PathViews, Scene, Term
 
 
 @dataclass
-class EquivarianceConfig(ObjectiveSettings):
+class EquivarianceConfig(TransformSettings):
     enabled: bool = setting(True, "false: nothing of the task is built and the run is the plain base method")
     loss_weight: float = setting(
         10.0,
@@ -47,12 +46,8 @@ class EquivarianceConfig(ObjectiveSettings):
         "size of the third view: global, or local: u and g(u) are shrunk to the size of a local crop",
         choices=(GLOBAL, LOCAL),
     )
-    transform: str = setting("se2", "g: rotation, translation, se2, color_jitter, blur, or a registered name")
     num_intermediates: int = setting(
         2, "K: targets strictly between the base and the transformed view", interval="[0, inf)"
-    )
-    border: str = setting(
-        "canvas", "zeros: black outside the crop (the papers); canvas: real pixels around it", choices=BORDERS
     )
     patch_dim: int = setting(
         2048, "d_patch: width of the token projection, if there is an invariant one", interval="[1, inf)"
@@ -68,17 +63,6 @@ class EquivarianceConfig(ObjectiveSettings):
     decoder: str = setting("self_attention", "architecture of the decoders", choices=tuple(DECODERS))
     decoder_dim: int = setting(256, "width of the decoder after its first layer", interval="[1, inf)")
     decoder_depth: int = setting(1, "self-attention layers of the decoders that have them", interval="[0, inf)")
-    max_angle_deg: float = setting(45.0, "rotation is uniform in [-max, max] degrees", interval="[0, 180]")
-    max_shift: float = setting(
-        10 / 224,
-        "shifts are uniform in [-max, max], as a share of the side (the papers: 10 px of 224)",
-        interval="[0, 1)",
-    )
-    max_color: float = setting(
-        0.4, "brightness, contrast and saturation: factor 1 + uniform in [-max, max]", interval="[0, 1]"
-    )
-    max_hue: float = setting(0.1, "hue: uniform in [-max, max] turns", interval=f"[0, {LARGEST_HUE}]")
-    blur_sigma_min_max: list[float] = setting([0.1, 2.0], "sigma in pixels", interval="[0, inf)", elements=LOW_HIGH)
 
     def is_used(self) -> bool:
         return self.enabled
@@ -95,7 +79,7 @@ class EquivarianceConfig(ObjectiveSettings):
             return Needs()
         rebuilds = self.loss_weight > 0
         return Needs(
-            pairing=self.build_pairing,
+            pairing=self.pairing(second=0.0 if self.view == "third" else 1.0),
             split=(self.patch_dim - self.equivariant_dim if self.invariant_projection else None, self.equivariant_dim),
             targets=self.fractions() if rebuilds else (),
             shown=self.fractions(),
@@ -112,21 +96,6 @@ class EquivarianceConfig(ObjectiveSettings):
         """Returns k / (K + 1) for k = 1..K: where on the way from u to g_theta(u) the targets lie."""
         steps = self.num_intermediates + 1
         return tuple(step / steps for step in range(1, steps))
-
-    def build_pairing(self) -> TransformPairing:
-        """Returns the pairing of u and g_theta(u)."""
-        return TransformPairing(self.build_transform(), self.border, second=0.0 if self.view == "third" else 1.0)
-
-    def build_transform(self) -> Transform:
-        """Returns g."""
-        return build_transform(
-            self.transform,
-            max_angle_deg=self.max_angle_deg,
-            max_shift=self.max_shift,
-            max_color=self.max_color,
-            max_hue=self.max_hue,
-            blur_sigma_min_max=self.blur_sigma_min_max,
-        )
 
     def build(self, loss: str, context: Context, dim: int) -> Objective:
         decoders = [
@@ -171,18 +140,6 @@ class EquivarianceConfig(ObjectiveSettings):
                 f"equivariance.decoder_dim={self.decoder_dim} must be a multiple of {HEAD_DIM}, "
                 f"the width of a head, for equivariance.decoder={self.decoder}"
             )
-
-    def cautions(self, section: str, context: Context) -> Iterator[str]:
-        transform = self.build_transform() if self.enabled else None
-        if transform is None or not (transform.low == transform.high).all():
-            return
-        values = zip(transform.components, transform.high.tolist(), strict=True)
-        ranges = ", ".join(f"{name} {value:g}" for name, value in values)
-        what = "does the same to every image" if transform.low.any() else "changes nothing"
-        yield (
-            f"equivariance.transform={self.transform} {what} ({ranges}), so there is nothing to keep. Widen its range, "
-            "or set equivariance.enabled=false"
-        )
 
 
 class Reconstruction(Objective):

@@ -7,6 +7,8 @@ import torch
 
 from dinov2_eq.config.load import load_config
 from dinov2_eq.objectives import OBJECTIVES
+from dinov2_eq.objectives.base import Needs, union
+from dinov2_eq.objectives.reconstruction import EquivarianceConfig
 from dinov2_eq.train.build import build_arch
 from dinov2_eq.train.ssl_meta_arch import Network
 from dinov2_eq.types import PATH
@@ -64,3 +66,11 @@ def test_its_settings_are_checked_like_all():
         load_config("debug", ["toy.shares=1"])
     with pytest.raises(ValueError, match=r"toy and equivariance need different pairing|equivariance and toy need"):
         load_config("debug", ["toy.loss_weight=1"])
+
+
+def test_two_sections_share_a_transform_when_they_agree_on_it():
+    first, same, other = EquivarianceConfig(), EquivarianceConfig(), EquivarianceConfig(max_angle_deg=10.0)
+    joined = union({"equivariance": Needs(pairing=first.pairing(0.0)), "second": Needs(pairing=same.pairing(0.0))})
+    assert joined.pairing().transform.high[0] == 45
+    with pytest.raises(ValueError, match="equivariance and second need different pairing"):
+        union({"equivariance": Needs(pairing=first.pairing(0.0)), "second": Needs(pairing=other.pairing(0.0))})
