@@ -114,9 +114,7 @@ def test_theta_leads_from_the_first_view_to_the_second():
 
 def test_absent_objects_are_named(root):
     np.save(root / "train_images.npy", ["/0001/a/", "/0001/x/", "/0009/y/"])
-    with pytest.raises(
-        DataError, match=r"names 3 objects, and 2 of them are not in .*, such as 0001/x\. Unpack"
-    ):
+    with pytest.raises(DataError, match=r"names 3 objects, and 2 of them are not in .*, such as 0001/x\. Unpack"):
         build(root)
 
 
