@@ -2,7 +2,7 @@
 
 A linear layer tells the class of an image. An MLP reads the features of two images of an object and regresses the
 rotation between them, as a unit quaternion, or the two differences of hue. What is scored are objects that no head has
-seen. If the tokens are split, each part is read by itself as well.
+seen. If the tokens are split, by projections or by their channels, each part is read by itself as well.
 
 "R2 pooled" is SIE's: all components around one common mean. The components of the quaternion have different means
 (0, 0, 0 and 0.53), so a constant prediction already scores 0.229 on 3DIEBench's rotations, and a lower value says
@@ -25,8 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_eq.data.datasets import DataError, UnreadableImage
-from dinov2_eq.data.datasets.threediebench import ANGLES, COLOUR, HUES, ROTATION, ThreeDIEBench, quaternion
-from dinov2_eq.data.datasets.threediebench import relative_theta as between
+from dinov2_eq.data.datasets.threediebench import (
+    ANGLES,
+    COLOUR,
+    HUES,
+    ROTATION,
+    ThreeDIEBench,
+    quaternion,
+    relative_theta,
+)
 from dinov2_eq.data.labelled import LabelledImages, read_labelled
 from dinov2_eq.data.linear_loader import make_whole_image_loader
 from dinov2_eq.data.loaders import fixed_subset
@@ -74,11 +81,25 @@ def build_parser() -> argparse.ArgumentParser:
         default="both",
         help="cls: class token; mean: of the patch tokens; both; grid2: mean patch tokens of the four quarters",
     )
+    add(
+        "--equivariant-share",
+        type=share,
+        metavar="SHARE",
+        help="the last channels of a token are its equivariant part, as in SIE (0.5); None: the projections that a run "
+        "was trained with, if any",
+    )
     add("--views", type=positive, default=8, help="images of each object, the first ones; all where there are fewer")
     add("--max-objects", type=positive, help="objects of each split, the first ones of a fixed shuffle; None: all")
     add("--epochs", type=positive, default=50, help="of the heads; in each, an image is paired with another view anew")
     add("--random-init", action=argparse.BooleanOptionalAction, default=True, help="also score the untrained encoder")
     return parser
+
+
+def share(text: str) -> float:
+    """Parses a share of the channels."""
+    if not 0 < (value := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {value:g}")
+    return value
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -100,7 +121,7 @@ class Views(NamedTuple):
 
     def theta(self, partners: Tensor, task: str) -> Tensor:
         """Returns what leads from each image to its partner: [N, 4] of rotation or [N, 2] of colour, float32."""
-        theta = torch.from_numpy(between(self.latents, self.latents[partners.numpy()])).float()
+        theta = torch.from_numpy(relative_theta(self.latents, self.latents[partners.numpy()])).float()
         return theta[:, [ThreeDIEBench.components.index(name) for name in REGRESSIONS[task]]]
 
     def known(self) -> Tensor:
@@ -164,9 +185,16 @@ class RenderedObjects(Evaluation):
         extractor, dim = self.extractor(encoder), encoder.backbone.embed_dim
         pooled = [extractor.pooled(views.images, self.args.tokens) for views in (self.train, self.val)]
         yield "full", pooled
-        for part, linear in (("invariant", encoder.invariant), ("equivariant", encoder.equivariant)):
-            if linear is not None:
-                yield part, [linear(rows.unflatten(1, (-1, dim))).flatten(1) for rows in pooled]
+        readers = {"invariant": encoder.invariant, "equivariant": encoder.equivariant}
+        if share := self.args.equivariant_share:
+            first = dim - max(round(share * dim), 1)
+            readers = {
+                "invariant": lambda tokens: tokens[..., :first],
+                "equivariant": lambda tokens: tokens[..., first:],
+            }
+        for part, read in readers.items():
+            if read is not None:
+                yield part, [read(rows.unflatten(1, (-1, dim))).flatten(1) for rows in pooled]
 
     def classify(self, train: Tensor, val: Tensor) -> dict[str, float]:
         """Returns the accuracy of a linear layer on features [N, F] and [M, F]."""

@@ -82,6 +82,16 @@ def test_parts_controls_and_what_the_file_says(root, tmp_path, capsys):
     assert [line.split()[:2] for line in lines if line.startswith("constant")] == [["constant", "full"]]
 
 
+def test_a_split_by_channels(root, tmp_path):
+    """It is that of projections which pick these channels."""
+    eye = torch.eye(192)
+    path = split_checkpoint(tmp_path, invariant=eye[:144], equivariant=eye[144:])
+    flags = ["--epochs", "3", "--no-random-init"]
+    picked = run(root, tmp_path, *flags, encoder=path)["results"]
+    cut = run(root, tmp_path, *flags, "--equivariant-share", "0.25", encoder=path)["results"]
+    assert picked == cut and len({cut[part]["colour"]["r2_mean"] for part in cut}) == 3
+
+
 def test_what_is_visible_is_found(root, tmp_path):
     found = run(root, tmp_path, "--epochs", "60", "--no-random-init", "--tokens", "mean")
     assert set(found["comparisons"]) == {"latents", "constant"}
@@ -159,6 +169,7 @@ def same(first, second):
             ["--train-dataset", "Shapes:num=20:size=32"],
             "needs data in its layout, 3DIEBench:split=...:root=..., not 'S",
         ),
+        (["--equivariant-share", "1"], "argument --equivariant-share: must lie between 0 and 1, got 1"),
         (["--views", "1"], "--views 1: a pair needs at least 2 images of an object"),
     ],
 )
