@@ -21,7 +21,7 @@ def patch_features_of(encoder: Encoder) -> PatchFeatures:
     @torch.inference_mode()
     def patch_features(images: np.ndarray) -> np.ndarray:
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255  # [B, 3, H, W]
-        tokens = encoder.backbone.forward_features((pixels - mean) / std)["x_norm_patchtokens"]  # [B, N, D]
+        tokens = encoder.backbone((pixels - mean) / std, is_training=True)["x_norm_patchtokens"]  # [B, N, D]
         side = math.isqrt(tokens.shape[1])
         return tokens.unflatten(1, (side, side)).float().numpy()
 

@@ -14,9 +14,11 @@ from dinov2_eq.models import build_backbone
 from tools import report
 
 
-def write_run(folder: Path) -> None:
+def write_run(folder: Path, **architecture) -> None:
+    architecture = architecture or {"arch": "vit_tiny", "patch_size": 4, "depth": 1}
     config = default_config()
-    config.student.arch, config.student.patch_size, config.student.depth = "vit_tiny", 4, 1
+    for name, value in architecture.items():
+        setattr(config.student, name, value)
     config.crops.global_crops_size = 16
     for subfolder in ("samples", "eval/training_5"):
         (folder / subfolder).mkdir(parents=True)
@@ -25,7 +27,7 @@ def write_run(folder: Path) -> None:
     arrays = dict(zip(("anchor_view", "base_view", "transformed_view"), views, strict=True))
     targets = {"intermediate_targets": views[:2], "reconstructions": views[1:], "fractions": np.array([1 / 3, 2 / 3])}
     np.savez(folder / "samples/step_0000005.npz", **arrays, **targets, theta=np.zeros((2, 3)))
-    backbone = build_backbone("vit_tiny", patch_size=4, img_size=16, depth=1)
+    backbone = build_backbone(**architecture, img_size=16)
     teacher = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
     checkpoint = {"teacher": teacher, "config": asdict(config), "step": 5}
     torch.save(checkpoint, folder / "eval/training_5/teacher_checkpoint.pth")
@@ -46,6 +48,12 @@ def test_output_names_the_file(tmp_path: Path) -> None:
     report.main([str(tmp_path / "a"), "--output", str(tmp_path / "pages/one.html")])
     assert (tmp_path / "pages/one.html").is_file()
     assert not (tmp_path / "a/report.html").exists()
+
+
+def test_a_residual_network(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", arch="resnet18")
+    report.main([str(tmp_path / "a")])
+    assert "Run A, image 1: features at 90 degrees" in (tmp_path / "a/report.html").read_text(encoding="utf-8")
 
 
 def test_data_with_a_name_that_is_not_utf_8(tmp_path: Path) -> None:

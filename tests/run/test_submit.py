@@ -16,6 +16,7 @@ from dinov2_eq.run.precheck import Resources, check_training
 from dinov2_eq.run.submit import PROGRAMS, build_parser, local_parameters
 from dinov2_eq.train.train import do_train
 from tests.helpers import TINY, tiny_config
+from tests.rendered import write_objects
 
 TRAIN = ["submit", "train", "--config-file", "debug", "--output-dir", "run", *TINY]
 DATA = ["--train-dataset", "Shapes:split=TRAIN:num=24:size=32", "--val-dataset", "Shapes:split=VAL:num=12:size=32"]
@@ -180,10 +181,21 @@ def test_a_run_that_could_not_go_on_is_refused(run_folder, capsys):
     assert main([*command, "train.seed=1", "--no-resume"]) == 0
 
 
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory):
+    """Data of `eval 3diebench`, which reads one kind of data only."""
+    root = tmp_path_factory.mktemp("rendered")
+    objects = {"train": ["0/a", "1/b"], "val": ["1/c"]}
+    write_objects(root, objects, {"train": [0, 1], "val": [1]}, views=2)
+    strings = [f"3DIEBench:split={split.upper()}:root={root}" for split in objects]
+    return ["--train-dataset", strings[0], "--val-dataset", strings[1]]
+
+
 @pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "train"])
-def test_evaluations_check_without_computing(name, run_folder, tmp_path, capsys):
+def test_evaluations_check_without_computing(name, run_folder, rendered, tmp_path, capsys):
     before = sorted(run_folder.rglob("*"))
-    command = ["submit", name, "--dry-run", "--output-dir", str(tmp_path / "out"), *DATA]
+    data = rendered if name == "3diebench" else DATA
+    command = ["submit", name, "--dry-run", "--output-dir", str(tmp_path / "out"), *data]
     assert main([*command, "--pretrained-weights", str(run_folder)]) == 0
     assert "encoder and data are available" in capsys.readouterr().out
     assert sorted(run_folder.rglob("*")) == before and list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """Datasets, built from data strings such as `ImageFolder:root=/data/birds`."""
 
+import inspect
 from collections.abc import Callable
 
 from dinov2_eq.data.datasets.base import DataError, ImageDataset, PairDataset, UnreadableImage, require_labels
@@ -8,6 +9,7 @@ from dinov2_eq.data.datasets.data_string import build_from_table
 from dinov2_eq.data.datasets.folders import Folder, ImageFolder, imagenet
 from dinov2_eq.data.datasets.parquet import Parquet
 from dinov2_eq.data.datasets.shapes import Shapes
+from dinov2_eq.data.datasets.threediebench import ThreeDIEBench
 from dinov2_eq.data.datasets.webdataset import ClassTars, WebDataset
 
 # To add your own dataset, add a line here. The arguments of the class or function are the keys of its data string; for
@@ -21,6 +23,7 @@ DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "Parquet": Parquet,
     "WebDataset": WebDataset,
     "Shapes": Shapes,
+    "3DIEBench": ThreeDIEBench,
 }
 
 
@@ -33,6 +36,15 @@ def build_dataset(string: str) -> ImageDataset:
     return build_from_table(string, DATASETS)
 
 
+def pair_components(string: str) -> tuple[str, ...] | None:
+    """Returns the names of the parameters in theta if a data string names a data set of pairs; None: single images.
+
+    Opens nothing. The entry of `DATASETS` must be the `PairDataset` itself, not a function that returns one.
+    """
+    entry = DATASETS.get(string.partition(":")[0])
+    return entry.components if inspect.isclass(entry) and issubclass(entry, PairDataset) else None
+
+
 __all__ = [
     "DATASETS",
     "DataError",
@@ -40,5 +52,6 @@ __all__ = [
     "PairDataset",
     "UnreadableImage",
     "build_dataset",
+    "pair_components",
     "require_labels",
 ]
