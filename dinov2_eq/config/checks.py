@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from dinov2_eq.config.schema import Config, sections_of
+from dinov2_eq.data.datasets import pair_components
 from dinov2_eq.models import BACKBONES
 from dinov2_eq.models.backbone import BackboneKind
 from dinov2_eq.objectives.base import Context, ObjectiveSettings
@@ -40,6 +41,7 @@ def objective_context(config: Config) -> Context:
         attention=config.student.attention,
         centering=config.train.centering,
         seed=config.train.seed,
+        pairing=config.pairing,
     )
 
 
@@ -84,10 +86,17 @@ def _objectives(config: Config, kind: BackboneKind) -> Iterator[str]:
     if not any(weight > 0 for weight in weights):
         yield "every loss_weight is 0, so there is nothing to learn; set one above 0, for example dino.loss_weight=1"
     try:
-        config.needs()
+        pairing = config.needs().pairing
     except ValueError as error:
         yield str(error)
+        return
     for name, section in sections.items():
+        if section.needs().theta and not (pairing or pair_components(config.train.dataset_path)):
+            yield (
+                f"{name} reads theta, which leads from one view to the other, and nothing gives it: "
+                f"train.dataset_path={config.train.dataset_path!r} has no pairs of images with known parameters, and "
+                "no objective has a transform g. Give such a data set of pairs, or a transform"
+            )
         if not kind.masks_patches and section.needs().masks:
             yield (
                 f"{name} masks patches, which student.arch={config.student.arch} does not support; set "

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, fields, make_dataclass
 from functools import cache
 
+from dinov2_eq.data.datasets import pair_components
+from dinov2_eq.equivariance.pairing import NoPairing, Pairing, RenderedPairing
 from dinov2_eq.objectives import OBJECTIVES
 from dinov2_eq.objectives.base import Needs, ObjectiveSettings, union
 from dinov2_eq.settings import (
@@ -41,6 +43,19 @@ class Config:
             ValueError: two of them contradict each other.
         """
         return union({name: section.needs() for name, section in self.objectives().items()})
+
+    def pairing(self) -> Pairing:
+        """Returns where the second view comes from: the transform g of an objective, else the training data's pairs.
+
+        Without either, it is another crop of the image.
+
+        Raises:
+            ValueError: two objectives need different ones, or g cannot be built.
+        """
+        if wanted := self.needs().pairing:
+            return wanted()
+        components = pair_components(self.train.dataset_path)
+        return NoPairing() if components is None else RenderedPairing(components)
 
 
 def default_config() -> Config:

@@ -13,7 +13,7 @@ from torchvision import transforms
 from dinov2_eq.data.augmentations import MultiCrop
 from dinov2_eq.data.collate import Collate
 from dinov2_eq.data.corrupt import read_or_next
-from dinov2_eq.data.datasets import DataError, ImageDataset, PairDataset, UnreadableImage
+from dinov2_eq.data.datasets import DataError, ImageDataset, UnreadableImage
 from dinov2_eq.data.masking import BlockMasking
 from dinov2_eq.data.samplers import StreamSampler
 from dinov2_eq.data.seeding import Stream, numpy_generator, torch_generator
@@ -25,18 +25,9 @@ RESIZE_FACTOR = 256 / 224
 
 
 class TrainingSamples(Dataset[Sample]):
-    """Dataset that reads and crops; a sample depends only on (seed, position) and its image, not on the worker.
-
-    Raises:
-        DataError: `multi_crop` needs pairs of images, and the dataset has none.
-    """
+    """Dataset that reads and crops; a sample depends only on (seed, position) and its image, not on the worker."""
 
     def __init__(self, dataset: ImageDataset, multi_crop: MultiCrop, seed: int) -> None:
-        if multi_crop.pairing.reads_pairs and not isinstance(dataset, PairDataset):
-            raise DataError(
-                f"{dataset.data_string!r} has single images, and an objective of the config needs pairs of images with "
-                "known parameters. Give a data set of pairs (a PairDataset)."
-            )
         self.dataset = dataset
         self.multi_crop = multi_crop
         self.seed = seed

@@ -31,7 +31,8 @@ class Needs:
     heads: Mapping[str, str] = field(default_factory=dict)  # module name -> section whose `build_head` makes it
     local_crops: bool = False
     masks: MaskNeed | None = None
-    pairing: Callable[[], Pairing] | None = None  # builds the rule by which the second view is made
+    pairing: Callable[[], Pairing] | None = None  # builds the rule by which g makes the second view; None: no g
+    theta: bool = False  # reads theta, whether g or the data set of pairs gives it; see `Context.components`
     split: tuple[int | None, int] | None = None  # channels of a token's invariant part (None: all) and equivariant part
     targets: tuple[float, ...] = ()  # fractions of theta at which pixels are compared
     shown: tuple[float, ...] = ()  # fractions of theta in pictures of the run, also of a control run
@@ -70,6 +71,12 @@ class Context(NamedTuple):
     attention: str  # see `layers.attention.choose_backend`
     centering: str  # see `objectives.targets.build_targets`
     seed: int
+    pairing: Callable[[], Pairing]  # builds what makes the second view
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the parameters in theta, not empty for an objective that needs theta; raises ValueError as g."""
+        return self.pairing().components
 
 
 class Objective(nn.Module, ABC):

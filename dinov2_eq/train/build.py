@@ -17,7 +17,6 @@ from dinov2_eq.data.datasets import ImageDataset
 from dinov2_eq.data.loaders import make_train_loader
 from dinov2_eq.data.masking import BlockMasking
 from dinov2_eq.distributed import get_rank, get_world_size, is_main_process
-from dinov2_eq.equivariance.pairing import NoPairing
 from dinov2_eq.equivariance.split import NoSplit, TokenSplit
 from dinov2_eq.fsdp import Policy, load_full, parallelize
 from dinov2_eq.models import BACKBONES
@@ -163,7 +162,7 @@ def build_schedules(config: Config) -> Schedules:
 def build_multi_crop(config: Config) -> MultiCrop:
     needs = config.needs()
     num_local = config.crops.local_crops_number if needs.local_crops else 0
-    return MultiCrop(config.crops, (needs.pairing or NoPairing)(), num_local)
+    return MultiCrop(config.crops, config.pairing(), num_local)
 
 
 def build_make_views(config: Config) -> Callable[[CollatedBatch], ViewBatch]:
@@ -172,7 +171,7 @@ def build_make_views(config: Config) -> Callable[[CollatedBatch], ViewBatch]:
     return partial(
         make_views,
         crops=config.crops,
-        pairing=(needs.pairing or NoPairing)(),
+        pairing=config.pairing(),
         targets=needs.targets,
         path=needs.path,
     )

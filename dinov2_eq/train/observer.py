@@ -7,7 +7,6 @@ from pathlib import Path
 from dinov2_eq.config.schema import Config
 from dinov2_eq.data.datasets import ImageDataset
 from dinov2_eq.distributed import is_main_process
-from dinov2_eq.equivariance.pairing import NoPairing
 from dinov2_eq.logging import MetricLogger, first_value, progress_bar
 from dinov2_eq.train.build import build_train_loader
 from dinov2_eq.train.meter import StepMeter
@@ -112,5 +111,4 @@ def build_observer(
 def _build_samples(config: Config, folder: Path, run: Run, dataset: ImageDataset) -> SampleWriter:
     needs = config.needs()
     batch = next(iter(build_train_loader(config, dataset, start_step=0, num_workers=0)))
-    pairing = (needs.pairing or NoPairing)()
-    return SampleWriter(folder / "samples", batch, run, config.crops, pairing, needs.shown, needs.path)
+    return SampleWriter(folder / "samples", batch, run, config.crops, config.pairing(), needs.shown, needs.path)

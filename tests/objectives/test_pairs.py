@@ -10,14 +10,15 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dinov2_eq.config.checks import objective_context
 from dinov2_eq.config.load import load_config
 from dinov2_eq.data.augmentations import MultiCrop
 from dinov2_eq.data.datasets import DATASETS, PairDataset, UnreadableImage, build_dataset
-from dinov2_eq.equivariance.pairing import RenderedPairing
+from dinov2_eq.equivariance.pairing import NoPairing, RenderedPairing, TransformPairing
 from dinov2_eq.objectives import OBJECTIVES
 from dinov2_eq.objectives.base import Needs, Objective, ObjectiveSettings
 from dinov2_eq.settings import CropsConfig, setting
-from dinov2_eq.train.build import build_make_views, build_train_loader
+from dinov2_eq.train.build import build_make_views, build_multi_crop, build_train_loader
 from dinov2_eq.types import GLOBAL, ImagePair, Term
 from tests.helpers import TINY, in_this_process
 
@@ -28,6 +29,7 @@ class Bars(PairDataset):
     """A red bar in a random pose, and a blue one, turned by one of eight angles."""
 
     data_string = "Bars"
+    components = ("object", "angle")
 
     def __len__(self):
         return 16
@@ -62,24 +64,22 @@ class PoseConfig(ObjectiveSettings):
         return {"pose": self.loss_weight}
 
     def needs(self):
-        return Needs(pairing=self.build_pairing, targets=(self.at,)) if self.loss_weight else Needs()
-
-    def build_pairing(self):
-        return RenderedPairing(("object", "angle"))
+        return Needs(theta=True, targets=(self.at,)) if self.loss_weight else Needs()
 
     def build(self, loss, context, dim):
-        return Pose(dim)
+        return Pose(dim, context.components.index("angle"))
 
 
 class Pose(Objective):
     """Reads the turn from the class tokens of both views, where it is known."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, column):
         super().__init__()
+        self.column = column
         self.predictor = nn.Linear(2 * dim, 2)
 
     def forward(self, scene):
-        angle, known = scene.views.theta[:, 1], scene.views.known
+        angle, known = scene.views.theta[:, self.column], scene.views.known
         predicted = self.predictor(torch.cat(list(scene.student.tokens[GLOBAL].cls), dim=-1))
         wanted = torch.stack([angle.cos(), angle.sin()], dim=-1)
         return Term((predicted - wanted)[known].square().sum() / len(known), {"unknown": (~known).float().sum()})
@@ -126,10 +126,34 @@ def test_training_on_pairs(tmp_path):
     assert sum(row["unknown"] for row in rows) > 0
 
 
-def test_single_images_are_refused(tmp_path, capsys):
+def test_data_without_theta_are_refused(tmp_path, capsys):
     shapes = "train.dataset_path=Shapes:size=32"
-    assert in_this_process(["train", "--config-file", "debug", "--output-dir", str(tmp_path), *ALONE, shapes]) != 0
-    assert "'Shapes:size=32' has single images, and an objective of the config needs pairs" in capsys.readouterr().err
+    assert in_this_process(["train", "--config-file", "debug", "--output-dir", str(tmp_path), *ALONE, shapes]) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "pose reads theta, which leads from one view to the other, and nothing gives it" in message
+    assert "train.dataset_path='Shapes:size=32' has no pairs of images" in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kind", "components"),
+    [
+        (["train.dataset_path=Shapes"], NoPairing, ()),
+        (["train.dataset_path=Bars:any=key", "crops.horizontal_flip=0"], RenderedPairing, ("object", "angle")),
+        (["equivariance.enabled=true", "equivariance.transform=rotation"], TransformPairing, ("angle_deg",)),
+    ],
+)
+def test_the_data_give_the_second_view_where_there_is_no_transform(overrides, kind, components):
+    config = load_config("debug", ["equivariance.enabled=false", "train.dataset_path=Bars", *overrides])
+    assert type(config.pairing()) is kind and objective_context(config).components == components
+    multi_crop = build_multi_crop(config)
+    assert type(multi_crop.pairing) is kind
+
+
+def test_theta_of_a_transform_will_do():
+    config = load_config(
+        "debug", [*ALONE, "train.dataset_path=Shapes", "equivariance.enabled=true", "equivariance.loss_weight=0"]
+    )
+    assert config.needs().theta and len(objective_context(config).components) == 3
 
 
 def test_mirrored_pairs_are_refused():

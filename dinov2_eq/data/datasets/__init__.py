@@ -1,5 +1,6 @@
 """Datasets, built from data strings such as `ImageFolder:root=/data/birds`."""
 
+import inspect
 from collections.abc import Callable
 
 from dinov2_eq.data.datasets.base import DataError, ImageDataset, PairDataset, UnreadableImage, require_labels
@@ -33,6 +34,15 @@ def build_dataset(string: str) -> ImageDataset:
     return build_from_table(string, DATASETS)
 
 
+def pair_components(string: str) -> tuple[str, ...] | None:
+    """Returns the names of the parameters in theta if a data string names a data set of pairs; None: single images.
+
+    Opens nothing. The entry of `DATASETS` must be the `PairDataset` itself, not a function that returns one.
+    """
+    entry = DATASETS.get(string.partition(":")[0])
+    return entry.components if inspect.isclass(entry) and issubclass(entry, PairDataset) else None
+
+
 __all__ = [
     "DATASETS",
     "DataError",
@@ -40,5 +50,6 @@ __all__ = [
     "PairDataset",
     "UnreadableImage",
     "build_dataset",
+    "pair_components",
     "require_labels",
 ]

@@ -81,6 +81,8 @@ class ImageDataset(ABC):
 class PairDataset(ImageDataset):
     """Pairs of images of one scene with what leads from the first to the second; `read` reads the first alone."""
 
+    components: tuple[str, ...] = ()  # names of the A parameters in theta; (): nobody knows what leads to the second
+
     @abstractmethod
     def read_pair(self, index: int, generator: torch.Generator) -> ImagePair:
         """Reads the image at `index` and another one of its scene.
