@@ -4,6 +4,7 @@ from dinov2_eq.objectives.base import ObjectiveSettings
 from dinov2_eq.objectives.dino import DinoConfig
 from dinov2_eq.objectives.ibot import IbotConfig
 from dinov2_eq.objectives.reconstruction import EquivarianceConfig
+from dinov2_eq.objectives.sie import SieConfig
 from dinov2_eq.objectives.simclr import SimclrConfig
 from dinov2_eq.objectives.vicreg import VicregConfig
 
@@ -12,5 +13,6 @@ OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     "ibot": IbotConfig,
     "simclr": SimclrConfig,
     "vicreg": VicregConfig,
+    "sie": SieConfig,
     "equivariance": EquivarianceConfig,
 }

@@ -37,6 +37,7 @@ METHODS = {
     ("vicreg", "centering", "transformer", "nothing"): "vicreg_vits16",
     ("vicreg", "centering", "transformer", "conv"): "cifar10/vicreg_paper",
     ("vicreg", "centering", "resnet", "nothing"): "vicreg_resnet50",
+    ("sie", "centering", "transformer", "nothing"): "sie_vits16",
 }
 STEPS = 5
 # What makes any recipe small enough for a test, and leaves its method alone. KoLeo and stochastic depth look at the
@@ -44,6 +45,7 @@ STEPS = 5
 SMALL = [
     *("student.depth=1", "student.patch_size=8", "student.drop_path_rate=0"),
     *("simclr.projector_hidden_dim=32", "simclr.projector_out_dim=16", "vicreg.expander_dim=32"),
+    "sie.expander_dim=32",
     *("crops.global_crops_size=32", "crops.local_crops_size=16", "crops.local_crops_number=2"),
     *(
         "dino.koleo_loss_weight=0",
@@ -262,7 +264,9 @@ def train_with_nan(folder: Path) -> None:
 
 
 def method(config: Config) -> tuple[str, str, str, str]:
-    losses = " ".join(name for name in ("dino", "ibot", "simclr", "vicreg") if getattr(config, name).loss_weight > 0)
+    losses = " ".join(
+        name for name in ("dino", "ibot", "simclr", "vicreg", "sie") if getattr(config, name).loss_weight > 0
+    )
     backbone = "resnet" if config.student.arch.startswith("resnet") else "transformer"
     task = config.equivariance
     rebuilt = (task.decoder if task.loss_weight else "control") if task.enabled else "nothing"
@@ -274,7 +278,7 @@ def test_every_method(tmp_path, recipe):
     train(recipe, tmp_path / "one", 4)
     run_ranks(train, 2, recipe, tmp_path / "two", 2)
     config = load_config(recipe)
-    if not config.simclr.loss_weight and not config.vicreg.loss_weight:
+    if not any(getattr(config, name).loss_weight for name in ("simclr", "vicreg", "sie")):
         require_equal(tmp_path / "two", tmp_path / "one")
         return
     # In front of batch normalisation biases have no gradient but rounding errors, which Adam makes as large as any.
