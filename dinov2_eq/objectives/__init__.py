@@ -1,5 +1,6 @@
 """Table of the methods: one file and one line each. The key is the name of the config section."""
 
+from dinov2_eq.objectives.augself import AugSelfConfig
 from dinov2_eq.objectives.base import ObjectiveSettings
 from dinov2_eq.objectives.dino import DinoConfig
 from dinov2_eq.objectives.ibot import IbotConfig
@@ -14,5 +15,6 @@ OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     "simclr": SimclrConfig,
     "vicreg": VicregConfig,
     "sie": SieConfig,
+    "augself": AugSelfConfig,
     "equivariance": EquivarianceConfig,
 }

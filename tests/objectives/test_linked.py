@@ -30,7 +30,8 @@ def linked_scene(num_path=0, theta=None):
     student = make_side(0)
     if num_path:
         tokens = make_side(1).tokens[GLOBAL]
-        student.tokens[PATH] = CropTokens(tokens.cls[:num_path], tokens.patches[:num_path])
+        cls = tokens.cls[:num_path].detach().requires_grad_()
+        student.tokens[PATH] = CropTokens(cls, tokens.patches[:num_path])
     scene = make_scene(student)
     theta = torch.arange(9.0).view(3, 3) if theta is None else theta
     known = torch.tensor([True, True, False])
