@@ -3,6 +3,7 @@
 from dinov2_eq.objectives.augself import AugSelfConfig
 from dinov2_eq.objectives.base import ObjectiveSettings
 from dinov2_eq.objectives.dino import DinoConfig
+from dinov2_eq.objectives.equimod import EquimodConfig
 from dinov2_eq.objectives.ibot import IbotConfig
 from dinov2_eq.objectives.reconstruction import EquivarianceConfig
 from dinov2_eq.objectives.sie import SieConfig
@@ -16,5 +17,6 @@ OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     "vicreg": VicregConfig,
     "sie": SieConfig,
     "augself": AugSelfConfig,
+    "equimod": EquimodConfig,
     "equivariance": EquivarianceConfig,
 }

@@ -39,6 +39,7 @@ METHODS = {
     ("vicreg", "centering", "resnet", "nothing"): "vicreg_resnet50",
     ("sie", "centering", "transformer", "nothing"): "sie_vits16",
     ("simclr augself", "centering", "transformer", "nothing"): "cifar10/augself",
+    ("simclr equimod", "centering", "transformer", "nothing"): "cifar10/equimod",
 }
 STEPS = 5
 # What makes any recipe small enough for a test, and leaves its method alone. KoLeo and stochastic depth look at the
@@ -47,6 +48,7 @@ SMALL = [
     *("student.depth=1", "student.patch_size=8", "student.drop_path_rate=0"),
     *("simclr.projector_hidden_dim=32", "simclr.projector_out_dim=16", "vicreg.expander_dim=32"),
     *("sie.expander_dim=32", "augself.hidden_dim=32"),
+    *("equimod.projector_hidden_dim=32", "equimod.projector_out_dim=16"),
     *("crops.global_crops_size=32", "crops.local_crops_size=16", "crops.local_crops_number=2"),
     *(
         "dino.koleo_loss_weight=0",
@@ -265,7 +267,7 @@ def train_with_nan(folder: Path) -> None:
 
 
 def method(config: Config) -> tuple[str, str, str, str]:
-    names = ("dino", "ibot", "simclr", "vicreg", "sie", "augself")
+    names = ("dino", "ibot", "simclr", "vicreg", "sie", "augself", "equimod")
     losses = " ".join(name for name in names if getattr(config, name).loss_weight > 0)
     backbone = "resnet" if config.student.arch.startswith("resnet") else "transformer"
     task = config.equivariance
