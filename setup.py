@@ -10,6 +10,8 @@ VERSION = next(
 )
 # What `dinov2-eq export` writes for, and compares with.
 EXPORT = ["timm", "transformers", "onnx", "onnxscript", "onnxruntime"]
+# What `tools/make_3diebench_like.py` renders with.
+RENDER = ["mitsuba>=3.5"]
 
 setup(
     name="dinov2_eq",
@@ -52,7 +54,8 @@ setup(
     ],
     extras_require={
         "export": EXPORT,
-        "dev": [*EXPORT, "pytest", "pytest-xdist", "ruff", "selenium"],
+        "render": RENDER,
+        "dev": [*EXPORT, *RENDER, "pytest", "pytest-xdist", "ruff", "selenium"],
     },
     entry_points={"console_scripts": ["dinov2-eq = dinov2_eq.run.cli:main"]},
 )

@@ -5,6 +5,7 @@ measured on the CPU, and all assumed figures are in `ASSUMPTIONS`.
 """
 
 import argparse
+import json
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -24,16 +25,17 @@ from dinov2_eq.fsdp import STRATEGIES
 from dinov2_eq.models import ARCHS, build_backbone
 from dinov2_eq.models.vision_transformer import kept_per_token
 from dinov2_eq.train.build import build_arch
-from dinov2_eq.train.estimate import count_parameters, estimate_memory
+from dinov2_eq.train.estimate import count_parameters, estimate_memory, views_by_size
 from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
-from dinov2_eq.types import GLOBAL, LOCAL, Group, Scene, ViewBatch
+from dinov2_eq.types import GLOBAL, LOCAL, PATH, Group, Scene, ViewBatch
 
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 MODELS = {
     "ViT-L/16": ("vitl16_short", []),
-    "ViT-L/16, task": ("vitl16_eq_paper", []),
+    "ViT-L/16, task": ("vitl16_eq_short", []),
+    "ViT-L/16, task of the papers": ("vitl16_eq_paper", []),
     "ViT-g/14, task": (
-        "vitl16_eq_paper",
+        "vitl16_eq_short",
         ["student.arch=vit_giant2", "student.patch_size=14", "crops.local_crops_size=98", "student.drop_path_rate=0.4"],
     ),
 }
@@ -116,47 +118,49 @@ def forward_and_backward(function: Callable[[], Tensor]) -> float:
 def count(name: str) -> dict[str, Any]:
     """Counts parameters and floating-point operations of one image in one step (multiply and add count as two)."""
     config, arch = config_of(name), arch_of(name)
-    if config.needs().path:
-        raise ValueError(f"{name}: operations of a third view are not counted yet; set equivariance.view=second")
-    crops, images = config.crops, COUNTED_IMAGES
-    patches = (crops.global_crops_size // config.student.patch_size) ** 2
+    crops, path, images = config.crops, config.needs().path, COUNTED_IMAGES
+    sides, student = {GLOBAL: crops.global_crops_size, LOCAL: crops.local_crops_size}, config.student
+    views = {GLOBAL: (2, images), LOCAL: (crops.local_crops_number, images)}
+    if path:
+        sides[PATH] = sides[LOCAL if path.local_size else GLOBAL]
+        views[PATH] = (len(path.fractions), round(images * path.share))
+    patches = (crops.global_crops_size // student.patch_size) ** 2
     with torch.device("meta"):
-        global_crops = torch.empty(2, images, 3, crops.global_crops_size, crops.global_crops_size)
-        local_crops = torch.empty(crops.local_crops_number, images, 3, crops.local_crops_size, crops.local_crops_size)
-        masks = torch.zeros(2, images, patches, dtype=torch.bool)
-        groups = {GLOBAL: Group(global_crops, masks), LOCAL: Group(local_crops)}
-        forward, student = flops(lambda: arch.student(groups))
-        tokens = student.tokens[GLOBAL]
-        everything = [*tokens, student.tokens[LOCAL].cls]
-        backward, _ = flops(lambda: sum(part.sum() for part in everything).backward())
+        groups = {each: Group(torch.empty(*shape, 3, sides[each], sides[each])) for each, shape in views.items()}
+        groups[GLOBAL] = groups[GLOBAL]._replace(masks=torch.zeros(2, images, patches, dtype=torch.bool))
+        forward, encoded = flops(lambda: arch.student(groups))
+        everything = [part.sum() for group, tokens in encoded.tokens.items() for part in tokens[: 1 + (group != LOCAL)]]
+        backward, _ = flops(lambda: sum(everything).backward())
         with torch.no_grad():
-            teacher, targets = flops(lambda: arch.teacher({GLOBAL: Group(global_crops)}))
+            teacher, targets = flops(lambda: arch.teacher({GLOBAL: Group(groups[GLOBAL].images)}))
         share = config.ibot.mask_sample_probability * sum(config.ibot.mask_ratio_min_max) / 2
-        masked, width, heads = round(2 * images * share * patches), tokens.cls.shape[-1], 0.0
+        masked, width = round(2 * images * share * patches), encoded.tokens[GLOBAL].cls.shape[-1]
+        heads = decoders = 0.0
         for number, taught in (((2 + crops.local_crops_number) * images, 2 * images), (masked, masked)):
             heads += forward_and_backward(
-                lambda number=number: student.logits("dino_head", torch.empty(number, width, requires_grad=True))
+                lambda number=number: encoded.logits("dino_head", torch.empty(number, width, requires_grad=True))
             )
             with torch.no_grad():
                 heads += flops(lambda taught=taught: targets.logits("dino_head", torch.empty(taught, width)))[0]
-        decoders = 0.0
         if "reconstruction" in arch.objectives:
-            leaf = tokens._replace(patches=tokens.patches.detach().requires_grad_())
-            detached = student._replace(tokens={GLOBAL: leaf})
-            views = ViewBatch(groups, torch.empty(0), torch.empty(0), global_crops[:0], torch.empty(0))
-            scene = Scene(views, detached, teacher=None, teacher_temp=1.0)
+            for group, tokens in encoded.tokens.items():
+                encoded.tokens[group] = tokens._replace(patches=tokens.patches.detach().requires_grad_())
+            rebuilt = PATH if path else GLOBAL
+            pixels, rows = groups[rebuilt].images[:0], torch.arange(views[rebuilt][1])
+            batch = ViewBatch(groups, torch.empty(0), torch.empty(0), pixels, rows)
+            scene = Scene(batch, encoded, teacher=None, teacher_temp=1.0)
             decoders = forward_and_backward(lambda: arch.objectives["reconstruction"].reconstruct(scene))
-    both_ways = {"student forward": forward, "student backward": backward}
-    parts = {**both_ways, "teacher": teacher, "heads": heads, "decoders": decoders}
-    per_image = {part: number / images for part, number in parts.items()}
-    sides, student = [crops.global_crops_size] * 2 + [crops.local_crops_size] * crops.local_crops_number, config.student
+    counted = {"student forward": forward, "student backward": backward, "teacher": teacher}
+    per_image = {part: number / images for part, number in (counted | {"heads": heads, "decoders": decoders}).items()}
+    extra = 1 + student.num_register_tokens
+    tokens = sum(number * ((side // student.patch_size) ** 2 + extra) for side, number in views_by_size(config).items())
     return {
         "name": name,
         "config": {"config_file": MODELS[name][0], "overrides": MODELS[name][1]},
         "parameters": count_parameters(arch.trainable_modules()),
         "teacher_parameters": sum(parameter.numel() for parameter in arch.teacher.parameters()),
         "units": arch.student["backbone"].n_blocks + len(arch.trainable_modules()),  # gathered one after the other
-        "tokens_per_image": sum((side // student.patch_size) ** 2 + 1 + student.num_register_tokens for side in sides),
+        "tokens_per_image": round(tokens),
         "flops_per_image": per_image | {"total": sum(per_image.values())},
     }
 
@@ -314,11 +318,7 @@ def run(model: Mapping[str, Any], gpus: int, global_batch: int, strategy: str = 
 
 def rounded(value: Any) -> Any:
     """Rounds every float in nested results to four significant digits."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, dict):
-        return {key: rounded(each) for key, each in value.items()}
-    return [rounded(each) for each in value] if isinstance(value, list) else value
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.4g}"))
 
 
 def table(header: str, rows: Sequence[Sequence[Any]]) -> str:

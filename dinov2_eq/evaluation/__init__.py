@@ -15,4 +15,7 @@ EVALUATIONS: dict[str, Program] = {
     "equivariance": Program(
         "dinov2_eq.eval.equivariance", "how well frozen features tell how an image was transformed"
     ),
+    "3diebench": Program(
+        "dinov2_eq.eval.threediebench", "class, rotation and colours of rendered objects, from frozen features"
+    ),
 }

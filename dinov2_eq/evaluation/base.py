@@ -60,11 +60,12 @@ class Evaluation(ABC):
     def measure(self) -> Measured:
         """Computes the numbers."""
 
-    def extractor(self) -> FeatureExtractor:
-        """Returns a feature extractor for the encoder, which reuses the features in `--features-dir`."""
-        store = FeatureStore(self.args.features_dir, self.encoder) if self.args.features_dir else None
+    def extractor(self, encoder: Encoder | None = None) -> FeatureExtractor:
+        """Returns a feature extractor, which reuses the features in `--features-dir`; None: of the loaded encoder."""
+        encoder = self.encoder if encoder is None else encoder
+        store = FeatureStore(self.args.features_dir, encoder) if self.args.features_dir else None
         settings = extraction_settings(self.args)
-        return FeatureExtractor(self.encoder, self.device, **settings, make_loader=self.make_loader, store=store)
+        return FeatureExtractor(encoder, self.device, **settings, make_loader=self.make_loader, store=store)
 
     def published(self, results: dict[str, Any]) -> None:  # noqa: B027, few need it
         """Runs after the results file was written, with its contents."""

@@ -47,6 +47,7 @@ class Encoder:
     description: dict[str, Any]  # for results files: where it comes from and what it is
     untrained: Callable[[], nn.Module] | None = None  # builds the same architecture with fresh weights
     equivariant: nn.Linear | None = None  # from tokens to their equivariant half, on the CPU; None: never split
+    invariant: nn.Linear | None = None  # likewise to the invariant half; None: that is the whole token
 
 
 def load_encoder(source: str | Path, config_file: str | None = None) -> Encoder:
@@ -80,6 +81,8 @@ def random_encoder(encoder: Encoder, seed: int) -> Encoder:
         encoder,
         backbone=_frozen(_seeded(encoder.untrained, seed)),
         equivariant=encoder.equivariant and _frozen(_seeded(partial(_fresh_half, encoder.equivariant), seed)),
+        # With the same seed, halves of one size would be equal.
+        invariant=encoder.invariant and _frozen(_seeded(partial(_fresh_half, encoder.invariant), seed + 1)),
         step=0,
         description={**encoder.description, "checkpoint": None, "step": 0, "loaded_tensors": 0, "random_seed": seed},
     )
@@ -141,6 +144,7 @@ def _load_file(source: str, path: Path, config_file: str | None) -> Encoder:
     num_tensors = _load_strictly(
         backbone, weights, path, is_ours=own is not None, is_described=bool(own or config_file)
     )
+    split = _trained_split(content, backbone.embed_dim)
     return Encoder(
         backbone=_frozen(backbone),
         image_size=image_size,
@@ -151,18 +155,19 @@ def _load_file(source: str, path: Path, config_file: str | None) -> Encoder:
         description=_describe(source, backbone, image_size, num_tensors)
         | {"checkpoint": str(path.resolve()), "step": step, **details},
         untrained=untrained,
-        equivariant=_equivariant_half(content, backbone.embed_dim),
+        equivariant=split and split.equivariant,
+        invariant=split.invariant if split and isinstance(split.invariant, nn.Linear) else None,
     )
 
 
-def _equivariant_half(content: Mapping[str, Any], dim: int) -> nn.Linear | None:
-    """Returns the trained map from tokens [..., dim] to their equivariant half; None: they were never split."""
+def _trained_split(content: Mapping[str, Any], dim: int) -> TokenSplit | None:
+    """Returns the trained maps from tokens [..., dim] to their two parts; None: they were never split."""
     weights = projection_of(content)
     if not weights:
         return None
     split = split_like(weights, dim)
     split.load_state_dict(weights)
-    return _frozen(split).equivariant
+    return _frozen(split)
 
 
 def _fresh_half(trained: nn.Linear) -> nn.Linear:

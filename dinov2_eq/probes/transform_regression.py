@@ -4,6 +4,7 @@ A small head reads the features of both images and regresses the parameters of g
 The protocol follows arXiv 2503.18753 (table 1), and SIE (arXiv 2302.10283) for details that it leaves open.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -82,15 +83,32 @@ def regress_transform(
     device, targets = train_pairs.device, train_targets.float().to(train_pairs.device)
     inputs, val_inputs = (rows.float() for rows in z_scored(train_pairs, val_pairs))
     network = build_head(head, inputs.shape[1], hidden_dim, targets.shape[1], generator).to(device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(inputs), generator=generator).to(device).split(BATCH_SIZE):
-            loss = F.mse_loss(network(inputs[batch]), targets[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    fit_head(network, lambda: (inputs, targets), F.mse_loss, epochs, generator)
     with torch.no_grad():
         return network(val_inputs)
+
+
+def fit_head(
+    network: nn.Module,
+    draw: Callable[[], tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    epochs: int,
+    generator: torch.Generator,
+) -> None:
+    """Trains a network with Adam at a constant learning rate, in batches of 256 in random order.
+
+    Args:
+        draw: returns the inputs [N, ...] and targets [N, ...] of the next epoch, on the device of the network.
+        loss: of the outputs and the targets of a batch.
+    """
+    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
+    for _ in range(epochs):
+        inputs, targets = draw()
+        for batch in torch.randperm(len(inputs), generator=generator).to(inputs.device).split(BATCH_SIZE):
+            cost = loss(network(inputs[batch]), targets[batch])
+            optimizer.zero_grad()
+            cost.backward()
+            optimizer.step()
 
 
 def z_scored(train: Tensor, *others: Tensor) -> list[Tensor]:

@@ -77,18 +77,24 @@ def largest_unit(arch: SSLMetaArch) -> int:
     return max(sum(parameter.numel() for parameter in unit.parameters()) for unit in units)
 
 
-def _backbone(config: Config, compute_bytes: int) -> float:
+def views_by_size(config: Config) -> dict[int, float]:
+    """Returns how many views of each image the student encodes on average, by their side in pixels."""
     crops, needs = config.crops, config.needs()
-    views = {crops.global_crops_size: 2.0}  # views of each image, by size in pixels
+    views = {crops.global_crops_size: 2.0}
     if needs.local_crops:
         views[crops.local_crops_size] = views.get(crops.local_crops_size, 0) + crops.local_crops_number
     if needs.path:
         size = crops.local_crops_size if needs.path.local_size else crops.global_crops_size
         views[size] = views.get(size, 0) + needs.path.share * len(needs.path.fractions)
+    return views
+
+
+def _backbone(config: Config, compute_bytes: int) -> float:
+    crops = config.crops
     with torch.device("meta"):
         backbone = BACKBONES[config.student.arch].build(config.student, crops.global_crops_size)
     total = 0.0
-    for size, number in views.items():
+    for size, number in views_by_size(config).items():
         stages = backbone.kept_of_image(size, compute_bytes) if number else []
         kept = sum(stage.inside for stage in stages)
         if config.fsdp.activation_checkpointing and stages:  # the inputs of all, and everything in one

@@ -70,6 +70,15 @@ def test_the_equivariant_half_comes_along(tmp_path):
     first, again = (random_encoder(encoder, 1).equivariant for _ in range(2))
     assert torch.equal(first.weight, again.weight) and first.weight.shape == weight.shape
     assert first.weight.std() == pytest.approx(0.02, rel=0.2) and not first.bias.any()
+    assert encoder.invariant is None and random_encoder(encoder, 1).invariant is None  # it is the whole token
+
+    content["teacher"] |= {"projection.invariant.weight": 2 * weight, "projection.invariant.bias": bias}
+    encoder = load_encoder(save(tmp_path / "halves", content))
+    torch.testing.assert_close(encoder.invariant(tokens), tokens @ (2 * weight).T + bias)
+    torch.testing.assert_close(encoder.equivariant(tokens), tokens @ weight.T + bias)
+    fresh = random_encoder(encoder, 1)
+    assert fresh.invariant.weight.shape == weight.shape
+    assert not torch.equal(fresh.invariant.weight, fresh.equivariant.weight)
 
 
 def test_missing_files(tmp_path):

@@ -117,14 +117,25 @@ def test_a_step_takes_the_largest_power_of_two_that_fits(gpus, more_than_fits):
     assert fits <= limit and (doubled > limit if more_than_fits else split.accumulation == 1)
 
 
-def test_a_third_view_is_not_counted_wrongly(monkeypatch):
-    monkeypatch.setattr(scaling, "MODELS", {"small": ("debug", [])})
-    with pytest.raises(ValueError, match="small: operations of a third view are not counted yet"):
-        scaling.count("small")
+@pytest.mark.parametrize("size", ["global", "local"])
+def test_a_third_view_costs_its_tokens(monkeypatch, size):
+    """Half of the images have one g(u) of the global size, or u and g(u) of the local size."""
+    settings = ["student.drop_path_rate=0", f"equivariance.third_view_size={size}"]
+    models = {name: ("vits16_eq", [*settings, f"equivariance.view={name}"]) for name in ("third", "second")}
+    monkeypatch.setattr(scaling, "MODELS", models)
+    third, second = (scaling.count(name) for name in models)
+    more = {"global": 0.5 * (14**2 + 1), "local": 2 * 0.5 * (6**2 + 1)}[size]
+    assert third["tokens_per_image"] - second["tokens_per_image"] == pytest.approx(more, abs=1)
+    per_token = second["flops_per_image"]["student forward"] / second["tokens_per_image"]
+    added = third["flops_per_image"]["student forward"] - second["flops_per_image"]["student forward"]
+    assert added == pytest.approx(more * per_token, rel=0.1)  # attention costs more for each token of larger views
+    rebuilt = {"global": 0.5, "local": 0.5 * 36 / 196}[size]  # tokens that the decoders read, by those of all images
+    decoders = third["flops_per_image"]["decoders"] / second["flops_per_image"]["decoders"]
+    assert decoders == pytest.approx(rebuilt, rel=0.15)
 
 
 def test_the_tool_writes_results_and_page(tmp_path, monkeypatch):
-    monkeypatch.setattr(scaling, "MODELS", {"tiny": ("debug", ["equivariance.view=second"])})
+    monkeypatch.setattr(scaling, "MODELS", {"tiny": ("debug", [])})
     page = tmp_path / "page.md"
     page.write_text(f"before\n{scaling.BEGIN}\nold\n{scaling.END}\nafter\n")
     scaling.main(["--output", str(tmp_path / "scaling.json"), "--document", str(page)])

@@ -9,6 +9,7 @@ from dinov2_eq.data.datasets.data_string import build_from_table
 from dinov2_eq.data.datasets.folders import Folder, ImageFolder, imagenet
 from dinov2_eq.data.datasets.parquet import Parquet
 from dinov2_eq.data.datasets.shapes import Shapes
+from dinov2_eq.data.datasets.threediebench import ThreeDIEBench
 from dinov2_eq.data.datasets.webdataset import ClassTars, WebDataset
 
 # To add your own dataset, add a line here. The arguments of the class or function are the keys of its data string; for
@@ -22,6 +23,7 @@ DATASETS: dict[str, Callable[..., ImageDataset]] = {
     "Parquet": Parquet,
     "WebDataset": WebDataset,
     "Shapes": Shapes,
+    "3DIEBench": ThreeDIEBench,
 }
 
 

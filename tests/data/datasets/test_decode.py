@@ -164,13 +164,17 @@ def test_keys_of_data_strings(tmp_path):
 def test_every_dataset_of_encoded_images_has_the_keys(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     content = turned(6)
-    for path in ("folder/1.jpg", "classes/a/1.jpg", "imagenet/train/n01/1.jpg", "flat/val/1.jpg"):
-        (tmp_path / path).parent.mkdir(parents=True)
+    rendered = [f"rendered/synset/object/image_{view}.jpg" for view in (0, 1)]
+    for path in ("folder/1.jpg", "classes/a/1.jpg", "imagenet/train/n01/1.jpg", "flat/val/1.jpg", *rendered):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(content)
     pq.write_table(pa.table({"image": [content], "label": [3]}), tmp_path / "train.parquet")
     with tarfile.open(tmp_path / "n01.tar", "w") as tar:
         tar.add(tmp_path / "folder" / "1.jpg", "1.jpg")
+    np.save(tmp_path / "rendered/train_images.npy", ["/synset/object/"])
+    np.save(tmp_path / "rendered/train_labels.npy", [0])
     strings = [
+        f"3DIEBench:root={tmp_path}/rendered",
         f"Folder:root={tmp_path}/folder",
         f"ImageFolder:root={tmp_path}/classes",
         f"ImageNet:root={tmp_path}/imagenet",
