@@ -8,17 +8,21 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
+from dinov2_eq.config.checks import objective_context
 from dinov2_eq.config.load import load_config
-from dinov2_eq.data.datasets import DATASETS
+from dinov2_eq.data.datasets import DATASETS, build_dataset
 from dinov2_eq.objectives.linked import LinkReader
 from dinov2_eq.objectives.sie import SIE, Hypernetwork, SieConfig, encode_on_circles, sie_terms
 from dinov2_eq.objectives.vicreg import vicreg_terms
+from dinov2_eq.train.build import build_train_loader
+from dinov2_eq.train.train import do_train
 from dinov2_eq.types import GLOBAL, PATH
 from tests.helpers import in_this_process
 from tests.objectives.test_linked import PAIRS, linked_scene
 from tests.objectives.test_pairs import Bars
 from tests.objectives.test_simclr import in_a_group
 from tests.processes import run_ranks
+from tests.rendered import write_objects
 
 BATCH, INV, EQUI = 6, 3, 4
 KNOWN = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.0])  # two of the first half, one of the second
@@ -209,3 +213,20 @@ def test_training_on_pairs_with_a_theta_of_their_own(tmp_path, monkeypatch):
     assert rows[-1]["step"] == 6 and {name for name in rows[0] if name.startswith("loss/")} == {"loss/sie"}
     weights = torch.load(tmp_path / "eval/training_6/teacher_checkpoint.pth", weights_only=True)["teacher"]
     assert {name.split(".")[0] for name in weights} == {"backbone"}  # as any other base method
+
+
+def test_the_recipe_for_3diebench_reads_its_rotations(tmp_path):
+    write_objects(tmp_path, {"train": ["0/a", "1/b"]}, {"train": [0, 1]}, 4, size=32)
+    config = load_config(
+        "sie_3diebench",
+        [
+            *("crops.global_crops_size=32", "train.batch_size_per_gpu=8", "train.num_workers=0", "sie.expander_dim=32"),
+            *(f"train.dataset_path=3DIEBench:split=TRAIN:root={tmp_path}", "optim.steps=2", "optim.warmup_steps=0"),
+        ],
+    )
+    batch = next(iter(build_train_loader(config, build_dataset(config.train.dataset_path), 0, 0)))
+    assert batch.known.all() and config.sie.reader(objective_context(config)).columns == [0, 1, 2, 3]
+    torch.testing.assert_close(batch.theta[:, :4].norm(dim=1), torch.ones(8))
+    do_train(config, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run/training_metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(row["loss/sie"]) for row in rows if "loss/sie" in row)
