@@ -208,6 +208,11 @@ class TrainConfig:
     seed: int = setting(
         0, "governs initial weights, order, crops, masks, augmentation and transforms", interval="[0, inf)"
     )
+    known_share: float = setting(
+        1.0,
+        "share of the images, always the same ones, of which objectives that read theta are told theta",
+        interval="(0, 1]",
+    )
     num_workers: int = setting(10, "data-loading processes of each process", interval="[0, inf)")
     max_corrupt_share: float = setting(
         0.01, "stop the run when a larger share of the images read is unreadable", interval="[0, 1]"

@@ -25,12 +25,17 @@ RESIZE_FACTOR = 256 / 224
 
 
 class TrainingSamples(Dataset[Sample]):
-    """Dataset that reads and crops; a sample depends only on (seed, position) and its image, not on the worker."""
+    """Dataset that reads and crops; a sample depends only on (seed, position) and its image, not on the worker.
 
-    def __init__(self, dataset: ImageDataset, multi_crop: MultiCrop, seed: int) -> None:
+    Args:
+        known_share: share of the images whose theta objectives may use, always the same ones for a seed.
+    """
+
+    def __init__(self, dataset: ImageDataset, multi_crop: MultiCrop, seed: int, known_share: float = 1.0) -> None:
         self.dataset = dataset
         self.multi_crop = multi_crop
         self.seed = seed
+        self.known_share = known_share
 
     def __getitem__(self, place: tuple[int, int]) -> Sample:
         position, index = place
@@ -38,7 +43,10 @@ class TrainingSamples(Dataset[Sample]):
         pairs = self.multi_crop.pairing.reads_pairs
         read = partial(self.dataset.read_pair, generator=generator) if pairs else self.dataset.read
         item, skipped = read_or_next(self.dataset, index, read)
-        return self.multi_crop(item, generator, position=position, skipped=skipped)
+        sample = self.multi_crop(item, generator, position=position, skipped=skipped)
+        if numpy_generator(Stream.KNOWN, self.seed, index).random() < self.known_share:
+            return sample
+        return sample._replace(drawn=sample.drawn._replace(known=False))
 
 
 def make_train_loader(
@@ -54,6 +62,7 @@ def make_train_loader(
     start_position: int = 0,
     num_workers: int = 0,
     path: PathViews | None = None,
+    known_share: float = 1.0,
 ) -> DataLoader[CollatedBatch]:
     """Makes an endless loader of `CollatedBatch` for one process.
 
@@ -66,6 +75,7 @@ def make_train_loader(
         global_batch_size: images of one optimizer step, over all processes and microbatches.
         start_position: number of samples that all processes together have seen already.
         path: see `Collate`.
+        known_share: see `TrainingSamples`.
 
     Raises:
         DataError: the dataset is empty.
@@ -78,7 +88,7 @@ def make_train_loader(
         )
     sampler = StreamSampler(len(dataset), seed, batch_size, rank, world_size, start_position, dataset.chunk_ends)
     return Loader(
-        TrainingSamples(dataset, multi_crop, seed),
+        TrainingSamples(dataset, multi_crop, seed, known_share),
         batch_size=batch_size,
         sampler=sampler,
         collate_fn=Collate(masking, seed, global_batch_size, path),

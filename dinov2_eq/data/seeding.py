@@ -16,6 +16,7 @@ class Stream(IntEnum):
     SHAPES = 4
     SUBSET = 5
     DROP_PATH = 6
+    KNOWN = 7
 
 
 def numpy_generator(stream: Stream, *numbers: int) -> np.random.Generator:

@@ -56,8 +56,9 @@ class Transform(ABC):
     components: ClassVar[tuple[str, ...]]  # names of the P parameters, the unit in the name
 
     def __init__(self, low: Sequence[float], high: Sequence[float]) -> None:
-        self.low = torch.tensor(low)  # [P]
-        self.high = torch.tensor(high)  # [P]
+        # On the CPU even where modules are built on the meta device, since objectives read the range there.
+        self.low = torch.tensor(low, device="cpu")  # [P]
+        self.high = torch.tensor(high, device="cpu")  # [P]
 
     def sample(self, batch: int, generator: torch.Generator) -> Tensor:
         """Draws theta uniformly from [low, high]: [batch, P] on the generator's device."""
@@ -194,3 +195,38 @@ class Blur(Transform):
 
     def apply(self, images: Tensor, theta: Tensor, size: tuple[int, int]) -> Tensor:
         return gaussian_blur(images, theta[:, 0], self.kernel_size)
+
+
+@register_transform("all")
+class All(Transform):
+    """SE(2), then colour jitter, then blur, each with parameters of its own."""
+
+    parts = (SE2, ColorJitter, Blur)
+    components = (*SE2.components, *ColorJitter.components, *Blur.components)
+
+    def __init__(self, ranges: TransformRanges) -> None:
+        self.steps = [part(ranges) for part in self.parts]
+        low, high = (torch.cat([getattr(step, end) for step in self.steps]).tolist() for end in ("low", "high"))
+        super().__init__(low, high)
+
+    def canvas_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        return self.steps[0].canvas_size(size)
+
+    def apply(self, images: Tensor, theta: Tensor, size: tuple[int, int]) -> Tensor:
+        thetas = theta.split([len(step.components) for step in self.steps], dim=1)
+        for step, own in zip(self.steps, thetas, strict=True):
+            images = step.apply(images, own, size)
+        return images
+
+
+@register_transform("one_of_all")
+class OneOfAll(All):
+    """One of rotation, translation, colour jitter and blur for each image; the parameters of the others are 0."""
+
+    kinds = (0, 1, 1, 2, 2, 2, 2, 3)  # of the components
+
+    def sample(self, batch: int, generator: torch.Generator) -> Tensor:
+        theta = super().sample(batch, generator)
+        kinds = torch.tensor(self.kinds, device=theta.device)
+        drawn = torch.randint(4, (batch, 1), generator=generator, device=theta.device)
+        return torch.where(kinds == drawn, theta, 0.0)

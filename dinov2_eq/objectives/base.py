@@ -39,6 +39,13 @@ class Needs:
     path: PathViews | None = None  # views that the student encodes beside the global and local crops
 
 
+REMEDY = "set the loss_weight of one of them to 0"
+REMEDIES = {
+    "pairing": "give both sections the same transform, border and ranges, with equivariance.view=second, or switch one "
+    "of them off (loss_weight=0, equivariance.enabled=false)"
+}
+
+
 def union(needs: Mapping[str, Needs]) -> Needs:
     """Joins the needs of several objectives, given by name of their section.
 
@@ -54,7 +61,7 @@ def union(needs: Mapping[str, Needs]) -> Needs:
         first, *others = wanted.values()
         if any(other != first for other in others):
             names = " and ".join(wanted)
-            raise ValueError(f"{names} need different {each.name}; set the loss_weight of one of them to 0")
+            raise ValueError(f"{names} need different {each.name}; {REMEDIES.get(each.name, REMEDY)}")
         joined[each.name] = first
     return Needs(**joined)
 

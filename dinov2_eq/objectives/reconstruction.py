@@ -109,8 +109,8 @@ class EquivarianceConfig(TransformSettings):
             )
             for _ in range(self.num_intermediates)
         ]
-        share = self.third_view_share if self.view == "third" else 1.0
-        return Reconstruction(decoders, context.patch_size, share)
+        third_share = self.third_view_share if self.view == "third" else None
+        return Reconstruction(decoders, context.patch_size, third_share)
 
     def problems(self, section: str, context: Context) -> Iterator[str]:
         if self.invariant_projection and self.equivariant_dim >= self.patch_dim:
@@ -148,20 +148,21 @@ class Reconstruction(Objective):
     Args:
         decoders: see `equivariance.decoders`.
         patch_size: pixels.
-        share: of the images whose targets are rebuilt.
+        third_share: of the images, those with a third view, whose targets are rebuilt; None: g moves the second view of
+            all images.
     """
 
-    def __init__(self, decoders: Sequence[nn.Module], patch_size: int, share: float = 1.0) -> None:
+    def __init__(self, decoders: Sequence[nn.Module], patch_size: int, third_share: float | None = None) -> None:
         super().__init__()
         self.decoders = nn.ModuleList(decoders)
         self.patch_size = patch_size
-        self.share = share
+        self.third_share = third_share
 
     def forward(self, scene: Scene) -> Term:
         loss = reconstruction_loss(self.reconstruct(scene), scene.views.targets)
         # A forward of few images rebuilds more or fewer of them than their share. With this weight each rebuilt image
         # counts the same, and any number of forwards and processes gives the gradient of one.
-        rebuilt, expected = scene.views.targets.shape[1], self.share * len(scene.views.theta)
+        rebuilt, expected = scene.views.targets.shape[1], (self.third_share or 1.0) * len(scene.views.theta)
         return Term(loss * (rebuilt / expected), {})
 
     def reconstruct(self, scene: Scene) -> Tensor:
@@ -171,11 +172,10 @@ class Reconstruction(Objective):
         first, second = scene.student.equivariant(self.pair(scene))  # each [R, N, D_equi]
         return torch.stack([decoder(first, second, grid) for decoder in self.decoders])
 
-    @staticmethod
-    def pair(scene: Scene) -> Tensor:
+    def pair(self, scene: Scene) -> Tensor:
         """Returns the patch tokens that the decoders read, [2, R, N, D]: of v1 and g(u), or of u and a third view."""
         patches = scene.student.tokens[GLOBAL].patches  # [2, B, N, D]
-        if PATH not in scene.student.tokens:
+        if self.third_share is None:
             return patches
         path = scene.student.tokens[PATH].patches  # of g(u), or of u and g(u)
         return path if len(path) == 2 else torch.stack([patches[1, scene.views.path_rows], path[0]])

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2_eq.distributed import gather_rows_with_gradient, get_rank
+from dinov2_eq.distributed import gather_rows, gather_rows_with_gradient, get_rank
 from dinov2_eq.layers.projector import build_projector
 from dinov2_eq.objectives.base import Context, Needs, Objective, ObjectiveSettings
+from dinov2_eq.objectives.linked import mean_of_known
 from dinov2_eq.objectives.pooling import POOLS, pooled
 from dinov2_eq.settings import setting
 from dinov2_eq.types import GLOBAL, Scene, Term
@@ -58,7 +59,7 @@ class SimCLR(Objective):
         return Term(nt_xent(first, second, self.temperature), {})
 
 
-def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+def nt_xent(first: Tensor, second: Tensor, temperature: float, known: Tensor | None = None) -> Tensor:
     """Computes NT-Xent: cross-entropy of each view's partner among all other views of all processes, in float32.
 
     u = normalize(concatenate(first, second))                 # [2N, D], partner of i is i + N or i - N
@@ -71,6 +72,8 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     Args:
         first, second: [B, D] of this process's images; N is their number on all processes. The mean runs over the
             views of this process.
+        known: [B], 1 for the images that take part, 0 for the others, as if these were not in the batch; without any
+            the loss is 0. None: all take part.
     """
     with torch.autocast(first.device.type, enabled=False):
         own = F.normalize(torch.stack([first, second]).float(), dim=-1)  # [2, B, D]
@@ -81,4 +84,9 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
         places = get_rank() * batch + torch.arange(batch, device=own.device)  # of this process's images
         selves, partners = torch.cat([places, places + total]), torch.cat([places + total, places])
         scores = scores.scatter(1, selves[:, None], -torch.inf)
-        return F.cross_entropy(scores, partners)
+        if known is None:
+            return F.cross_entropy(scores, partners)
+        takes_part = known.repeat(2)  # [2B]
+        scores = scores.masked_fill(gather_rows(known).repeat(2) == 0, -torch.inf)
+        scores = scores.masked_fill(takes_part[:, None] == 0, 0.0)  # finite, so that their gradient is 0
+        return mean_of_known(F.cross_entropy(scores, partners, reduction="none"), takes_part)

@@ -26,7 +26,10 @@ class TransformNeed:
 class TransformSettings(ObjectiveSettings):
     """Base of the sections of such objectives. All sections that are used must agree on g."""
 
-    transform: str = setting("se2", "g: rotation, translation, se2, color_jitter, blur, or a registered name")
+    transform: str = setting(
+        "se2",
+        "g: rotation, translation, se2, color_jitter, blur, all (these together), one_of_all, or a registered name",
+    )
     border: str = setting(
         "canvas", "zeros: black outside the crop (the papers); canvas: real pixels around it", choices=BORDERS
     )

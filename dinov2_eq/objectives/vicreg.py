@@ -76,6 +76,17 @@ def vicreg_terms(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]
     """Returns the invariance, variance and covariance terms in float32, over the images of all processes.
 
     invariance = mean((x - y) ** 2)
+
+    Args:
+        first, second: [B, D], the images of this process; the invariance term averages over these only.
+    """
+    with torch.autocast(first.device.type, enabled=False):
+        return F.mse_loss(first.float(), second.float()), *spread_terms(first, second)
+
+
+def spread_terms(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the variance and covariance terms in float32, over the images of all processes.
+
     for z in (x, y):                                          # [N, D]
         for d in range(D):
             variance += max(0, 1 - sqrt(var(z[:, d]) + 1e-4)) / (2 * D)
@@ -86,14 +97,12 @@ def vicreg_terms(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]
     var and cov divide by N - 1.
 
     Args:
-        first, second: [B, D], the images of this process; the invariance term averages over these only.
+        first, second: [B, D], the images of this process.
     """
     with torch.autocast(first.device.type, enabled=False):
-        first, second = first.float(), second.float()
-        invariance = F.mse_loss(first, second)
-        variance = covariance = first.new_zeros(())
+        variance = covariance = first.new_zeros((), dtype=torch.float32)
         for own in (first, second):
-            rows = gather_rows_with_gradient(own)  # [N, D]
+            rows = gather_rows_with_gradient(own.float())  # [N, D]
             rows = rows - rows.mean(dim=0)
             freedom = max(len(rows) - 1, 1)
             std = torch.sqrt(rows.square().sum(0) / freedom + EPS)
@@ -101,4 +110,4 @@ def vicreg_terms(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]
             matrix = rows.T @ rows / freedom  # [D, D]
             off_diagonal = matrix.square().sum() - matrix.diagonal().square().sum()
             covariance = covariance + off_diagonal / matrix.shape[0]
-        return invariance, variance, covariance
+        return variance, covariance

@@ -198,6 +198,7 @@ def build_train_loader(
         start_position=start_step * global_batch_size(config),
         num_workers=num_workers,
         path=needs.path,
+        known_share=config.train.known_share,
     )
 
 

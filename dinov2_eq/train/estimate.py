@@ -37,8 +37,8 @@ def estimate_memory(
 
     The parts are "weights and optimizer" (exact), "gathered weights" (copies for sharded or bfloat16 computation),
     "backbone", "heads" and "decoders" (what autograd keeps, within 15 %), "logits" (temporary, before they become
-    probabilities), and "total". What autograd keeps for SimCLR and VICReg is not counted. The driver's context, NCCL
-    and allocator fragmentation come on top: leave 10 % free.
+    probabilities), and "total". What autograd keeps for other losses than DINO, iBOT and the task is not counted.
+    The driver's context, NCCL and allocator fragmentation come on top: leave 10 % free.
     """
     compute_bytes = HALF_BYTES if half_precision else FLOAT_BYTES
     parts = {

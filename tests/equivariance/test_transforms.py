@@ -6,7 +6,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from dinov2_eq.equivariance.transforms import TRANSFORMS, Transform, build_transform, register_transform
 
-NAMES = ["rotation", "translation", "se2", "color_jitter", "blur"]
+NAMES = ["rotation", "translation", "se2", "color_jitter", "blur", "all"]
 SIZES = [(32, 32), (24, 40)]
 
 
@@ -30,6 +30,31 @@ def test_samples_fill_the_range(name):
     span = transform.high - transform.low
     assert (theta >= transform.low).all() and (theta <= transform.high).all()
     assert ((theta.amax(0) - theta.amin(0)) > 0.98 * span).all()
+
+
+def test_all_is_se2_then_colour_then_blur():
+    transform, parts = build_transform("all"), [build_transform(name) for name in ("se2", "color_jitter", "blur")]
+    theta = transform.sample(4, torch.Generator().manual_seed(1))
+    canvas = transform.canvas_size((32, 32))
+    assert canvas == parts[0].canvas_size((32, 32)) != (32, 32)
+    expected = parts[0].apply(images(canvas), theta[:, :3], (32, 32))
+    expected = parts[2].apply(parts[1].apply(expected, theta[:, 3:7], (32, 32)), theta[:, 7:], (32, 32))
+    torch.testing.assert_close(transform.apply(images(canvas), theta, (32, 32)), expected)
+    assert transform.components == tuple(name for part in parts for name in part.components)
+    assert torch.equal(transform.high, torch.cat([part.high for part in parts]))
+
+
+def test_one_of_all_draws_one_of_them():
+    transform = build_transform("one_of_all")
+    theta = transform.sample(4000, torch.Generator().manual_seed(0))
+    kinds = {"angle_deg": 0, "shift_x": 1, "shift_y": 1, "blur_sigma": 3}
+    drawn = theta != 0
+    which = torch.zeros(4000, 4)
+    for column, name in enumerate(transform.components):
+        which[drawn[:, column], kinds.get(name, 2)] = 1
+    assert (which.sum(1) == 1).all() and (which.mean(0) - 0.25).abs().max() < 0.03
+    assert drawn[which[:, 2] == 1][:, 3:7].all() and theta.amax(0)[7] > 1.9
+    assert (theta <= transform.high).all() and (theta >= transform.low.clamp(max=0)).all()
 
 
 def test_published_ranges():

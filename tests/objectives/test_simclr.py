@@ -35,6 +35,20 @@ def test_against_a_loop(temperature):
     torch.testing.assert_close(nt_xent(first, second, temperature), slow_nt_xent(first, second, temperature))
 
 
+def test_images_that_take_no_part_might_as_well_be_missing():
+    first, second = embeddings().requires_grad_()
+    for rows in ([0, 2, 3], [4], list(range(BATCH))):
+        known = torch.zeros(BATCH)
+        known[rows] = 1
+        loss = nt_xent(first, second, 0.2, known)
+        torch.testing.assert_close(loss, slow_nt_xent(first[rows], second[rows], 0.2))
+        (gradient,) = torch.autograd.grad(loss, [first])
+        assert torch.isfinite(gradient).all() and gradient[known == 0].abs().sum() == 0
+    none = nt_xent(first, second, 0.2, torch.zeros(BATCH))
+    (gradient,) = torch.autograd.grad(none, [first])
+    assert none == 0 and gradient.abs().sum() == 0
+
+
 def test_known_values():
     same = torch.ones(BATCH, DIM)
     assert nt_xent(same, same, 0.2).item() == pytest.approx(math.log(2 * BATCH - 1), rel=1e-6)

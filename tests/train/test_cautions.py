@@ -11,6 +11,7 @@ from dinov2_eq.train.train import do_train
 from tests.helpers import tiny_config
 
 FOLDER = Path(__file__).parents[2] / "configs" / "train"
+G_OF_ITS_OWN = ["equivariance.enabled=false"]
 RECIPES = sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.yaml"))
 
 
@@ -39,13 +40,17 @@ def test_recipes_need_none(recipe):
             "equivariance.transform=blur does the same to every image (blur_sigma 1)",
         ),
         (["train.batch_size_per_gpu=1"], "dino.koleo_loss_weight=0.1 has no effect with train.batch_size_per_gpu=1"),
+        (
+            ["sie.loss_weight=1", "sie.transform=rotation", "sie.max_angle_deg=0", "equivariance.enabled=false"],
+            "sie.transform=rotation changes nothing (angle_deg 0), so there is nothing to keep",
+        ),
         (["teacher.momentum_teacher=1"], "the teacher never moves"),
         *(
             (
-                [f"{name}.loss_weight=1", "train.batch_size_per_gpu=1", "dino.koleo_loss_weight=0"],
+                [f"{name}.loss_weight=1", "train.batch_size_per_gpu=1", "dino.koleo_loss_weight=0", *others],
                 f"{name}: with train.b",
             )
-            for name in ("simclr", "vicreg")
+            for name, others in (("simclr", []), ("vicreg", []), ("sie", G_OF_ITS_OWN), ("equimod", G_OF_ITS_OWN))
         ),
         (["optim.freeze_backbone_steps=6"], "optim.freeze_backbone_steps=6 of optim.steps=6: the backbone is never"),
         (["optim.freeze_last_layer_steps=6"], "the last layer of the heads is never trained"),

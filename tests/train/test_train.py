@@ -66,6 +66,10 @@ def train_until(config, folder, step, monkeypatch):
         do_train(config, folder)
 
 
+NO_DINOV2 = ["dino.loss_weight=0", "dino.koleo_loss_weight=0", "ibot.loss_weight=0"]
+SIE = ["sie.loss_weight=1", "sie.expander_dim=32", "train.known_share=0.5", "equivariance.view=second"]  # of one g
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -76,15 +80,9 @@ def train_until(config, folder, step, monkeypatch):
         ["equivariance.third_view_share=0.1"],  # most batches have none
         ["equivariance.third_view_size=local", "evaluation.sample_period_steps=3"],
         ["train.batch_size_per_gpu=2", "train.accumulation_steps=2", "train.num_workers=1"],
-        ["dino.loss_weight=0", "dino.koleo_loss_weight=0", "ibot.loss_weight=0", "simclr.loss_weight=1"],
-        [
-            "dino.loss_weight=0",
-            "dino.koleo_loss_weight=0",
-            "ibot.loss_weight=0",
-            "vicreg.loss_weight=1",
-            "vicreg.expander_dim=32",
-            "student.patch_embed=conv",
-        ],
+        [*NO_DINOV2, "simclr.loss_weight=1"],
+        [*NO_DINOV2, "vicreg.loss_weight=1", "vicreg.expander_dim=32", "student.patch_embed=conv"],
+        [*NO_DINOV2, *SIE],
         ["student.arch=resnet18", "ibot.loss_weight=0", "equivariance.enabled=false"],
     ],
 )
