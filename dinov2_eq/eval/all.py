@@ -7,7 +7,6 @@ import json
 import logging
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 from dinov2_eq.config.yaml_files import read_yaml
 from dinov2_eq.distributed.signals import stops_raise
+from dinov2_eq.eval.programs import Programs, last_line
 from dinov2_eq.evaluation import EVALUATIONS
 from dinov2_eq.evaluation.command_line import encoder_of
 from dinov2_eq.evaluation.encoder import find_checkpoint
@@ -74,10 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with (
         stops_raise("the same command goes on with the evaluations that are not done"),
         shared_features({task.folder.parent for task in tasks}),
+        Programs() as programs,
     ):
         for number, task in enumerate(tasks, start=1):
             logger.info("%d of %d: %s of %s", number, len(tasks), task.evaluation, task.encoder)
-            entries.append(carry_out(task, submit, args.resubmit))  # on a stop, `subprocess.run` kills its command
+            entries.append(carry_out(task, submit, args.resubmit, programs))
             summary = write_summary(args.output_dir, entries)
             replace_text(args.output_dir / PAGE_NAME, render_evaluations(*summary))
     print(summary.markdown())
@@ -174,7 +175,7 @@ def check_flags(path: Path, task: Task) -> None:
         )
 
 
-def carry_out(task: Task, submit: Sequence[str] | None, resubmit: bool) -> Entry:
+def carry_out(task: Task, submit: Sequence[str] | None, resubmit: bool, programs: Programs) -> Entry:
     """Runs or submits the evaluation, unless the same command already ran on the same files.
 
     Then its results count, or what was submitted is waited for, unless `resubmit`. Results of another command stay
@@ -197,14 +198,10 @@ def carry_out(task: Task, submit: Sequence[str] | None, resubmit: bool) -> Entry
     words = ["submit", task.program, *(submit or []), *task.argv]
     if submit is None:
         words = ["eval", task.program, "--features-dir", str(task.folder.parent / FEATURES), *task.argv]
-    with log.open("w") as file:
-        command = [sys.executable, "-m", "dinov2_eq.run.cli", *words]
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
-    if code:
+    if code := programs.run(words, log):
         if before is not None and submit is None:
             replace_text(made_by, json.dumps(before))
-        lines = log.read_text(errors="replace").strip().splitlines()
-        note = f"{lines[-1] if lines else f'exit code {code}'} (see {log})"
+        note = last_line(log, code)
         logger.error("%s of %s failed: %s", task.evaluation, task.encoder, note)
         return Entry(task.encoder, task.evaluation, "failed", {}, note)
     for path, written_ns in stale.items():
