@@ -131,18 +131,34 @@ def read_list(path: Path, output_dir: Path) -> list[Task]:
     for encoder, source in content["encoders"].items():
         if not isinstance(source, str) or not source:
             raise ValueError(f"{path}: encoder {encoder!r} must be one source, such as a run folder, got {source!r}")
-        for evaluation, given in content["evaluations"].items():
-            if not isinstance(given, dict | None):
-                raise ValueError(f"{path}: evaluation {evaluation!r} must be flags and their values, got {given!r}")
-            flags = dict(given or {})
-            program = flags.pop("program", evaluation)
-            if program not in EVALUATIONS:
-                raise ValueError(
-                    f"{path}: evaluation {evaluation!r} has no program; give program: {' | '.join(EVALUATIONS)}"
-                )
-            folder = output_dir / str(encoder) / str(evaluation)
-            argv = ["--encoder", source, "--output-dir", str(folder), *as_flags(flags)]
-            tasks.append(Task(str(encoder), str(evaluation), program, argv, folder))
+        tasks += tasks_of(path, str(encoder), source, content["evaluations"], output_dir / str(encoder))
+    return tasks
+
+
+def tasks_of(
+    path: Path, encoder: str, source: str, evaluations: Mapping[str, dict[str, Any] | None], folder: Path
+) -> list[Task]:
+    """Returns the evaluations of one encoder, whose results go to a subfolder each.
+
+    Args:
+        path: of the list, for messages.
+        evaluations: the section of the list.
+
+    Raises:
+        ValueError: an evaluation is not a table of flags, or has no program.
+    """
+    tasks = []
+    for evaluation, given in evaluations.items():
+        if not isinstance(given, dict | None):
+            raise ValueError(f"{path}: evaluation {evaluation!r} must be flags and their values, got {given!r}")
+        flags = dict(given or {})
+        program = flags.pop("program", evaluation)
+        if program not in EVALUATIONS:
+            raise ValueError(
+                f"{path}: evaluation {evaluation!r} has no program; give program: {' | '.join(EVALUATIONS)}"
+            )
+        argv = ["--encoder", source, "--output-dir", str(folder / str(evaluation)), *as_flags(flags)]
+        tasks.append(Task(encoder, str(evaluation), program, argv, folder / str(evaluation)))
     return tasks
 
 

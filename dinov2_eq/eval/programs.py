@@ -1,9 +1,10 @@
 """Runs commands of `dinov2-eq` in processes of their own, and ends them when this one is stopped."""
 
+import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,9 +17,13 @@ class Programs:
     """A context manager; at its end, also after an error, the programs that still run get SIGTERM.
 
     Several threads may call `run` at the same time.
+
+    Args:
+        environment: variables of the programs besides those of this process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        self._environment = os.environ | (environment or {})
         self._running: set[subprocess.Popen] = set()
         self._lock = threading.Lock()
         self._ended = False
@@ -36,7 +41,7 @@ class Programs:
                 if self._ended:
                     return STOPPED
                 command = [sys.executable, "-m", "dinov2_eq.run.cli", *words]
-                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=self._environment)
                 self._running.add(process)
             code = process.wait()
             with self._lock:

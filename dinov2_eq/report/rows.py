@@ -1,6 +1,6 @@
 """One row for each run: its settings and results, for tables and plots that compare runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from dinov2_eq.data.datasets.data_string import parse_data_string
 from dinov2_eq.files import as_written, check_types, read_json
 from dinov2_eq.models import ARCHS
-from dinov2_eq.report.runs import Run, results_path
+from dinov2_eq.report.runs import FAINT_BORDERS, Run, results_path
 
 TASKS = ("rotation", "translation", "color_jitter", "blur")
 MEANS = ("mean_border_free", "mean_masked")
@@ -114,6 +114,23 @@ def scores_of(run: Run, encoder: str) -> dict[str, Any]:
         },
         **({"r2_quarters": {"by_task": quarters, "mean": float(np.mean([*quarters.values()]))}} if quarters else {}),
     }
+
+
+def headline(row: Mapping[str, Any]) -> dict[str, float]:
+    """The few numbers of a row that a table has room for: border-free R2, their means, and k-NN at the largest k."""
+    found = {
+        f"R2 {task.replace('_', ' ')}": score["pooled"]
+        for task, _, border, score in ((*key.partition("/"), score) for key, score in row.get("r2", {}).items())
+        if border not in FAINT_BORDERS
+    }
+    if "mean_border_free" in row.get("r2_means", {}):
+        found["R2 mean"] = row["r2_means"]["mean_border_free"]
+    if "r2_quarters" in row:
+        found["R2 mean, quarters"] = row["r2_quarters"]["mean"]
+    if accuracies := row.get("knn_top1"):
+        k = max(accuracies, key=int)
+        found[f"{k}-NN %"] = accuracies[k]
+    return found
 
 
 def without_folders(data_string: str) -> str:
