@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from dinov2_eq.report.figures import as_svg, tidy
+from dinov2_eq.report.figures import INK, tidy
 from dinov2_eq.report.runs import COLORS
 
 OWN, PUBLISHED = COLORS[0], COLORS[1]
@@ -50,14 +50,11 @@ def table(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     return ["row", "runs", *names], rows
 
 
-def draw(lines: Sequence[Line]) -> str:
-    """Draws one panel for each number: a dot for each run, a bar for their mean, a diamond for what was published.
-
-    Returns:
-        SVG text.
-    """
+def draw(lines: Sequence[Line]) -> Figure:
+    """Draws one panel for each number: a dot for each run, a bar for their mean, a diamond for what was published."""
     names = names_of(lines) or [""]
     figure = Figure(figsize=(1.8 + 1.7 * len(names), 0.9 + 0.32 * len(lines)), layout="constrained")
+    figure.patch.set_visible(False)
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for name, axes in zip(names, panels, strict=True):
         for place, line in enumerate(lines):
@@ -67,9 +64,12 @@ def draw(lines: Sequence[Line]) -> str:
                 axes.vlines(mean(values), place - 0.28, place + 0.28, color=OWN, linewidth=1.6)
             if name in line.published:
                 axes.scatter(line.published[name], place, s=30, marker="D", facecolors="none", edgecolors=PUBLISHED)
-        axes.set_title(name, fontsize=8)
+        axes.set_title(name, fontsize=8, color=INK)
         axes.margins(x=0.15)
+        axes.patch.set_visible(False)
         tidy(axes)
+        axes.tick_params(colors=INK)
+        axes.spines[:].set(color=INK)
     panels[0].set_yticks(range(len(lines)), [line.label for line in lines], fontsize=8)
-    panels[0].set_ylim(len(lines) - 0.5, -0.5)
-    return as_svg(figure)
+    panels[0].set_ylim(max(len(lines), 1) - 0.5, -0.5)
+    return figure

@@ -111,10 +111,7 @@ def plan(sweep: Sweep, output_dir: Path) -> list[Planned]:
     planned = []
     for row in sweep.rows:
         folder = output_dir / row.folder_name
-        try:
-            config = load_config(row.recipe, row.overrides, lambda sentence: None)  # training says it
-        except ValueError as error:
-            raise ValueError(f"{sweep.path}: row {row.label!r}: {error}") from None
+        config = config_of(sweep.path, row)
         tasks = tasks_of(sweep.path, row.folder_name, str(folder), sweep.evaluations, folder)
         planned.append(Planned(row, config, folder, tasks))
     for task in planned[0].tasks:  # those of the others differ only in their folder
@@ -122,6 +119,14 @@ def plan(sweep: Sweep, output_dir: Path) -> list[Planned]:
     for each in planned:
         require_same_settings(each)
     return planned
+
+
+def config_of(path: Path, row: Row) -> Config:
+    """Loads the config of a row; errors name the file at `path` and the row."""
+    try:
+        return load_config(row.recipe, row.overrides, lambda sentence: None)  # training says it
+    except ValueError as error:
+        raise ValueError(f"{path}: row {row.label!r}: {error}") from None
 
 
 def require_same_settings(planned: Planned) -> None:
@@ -148,6 +153,8 @@ def carry_out_sweep(planned: Sequence[Planned], output_dir: Path, how: How) -> l
     """Trains and evaluates every row that is not done, and writes the tables after each; returns the rows in order."""
     check_writable(output_dir)
     setup_logging()
+    if not planned:
+        write_tables(output_dir, [])
     found: dict[str, Outcome] = {}
 
     def work(each: Planned) -> Outcome:

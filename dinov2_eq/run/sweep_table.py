@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from dinov2_eq.evaluation.results import write_results
 from dinov2_eq.evaluation.summary import Entry
 from dinov2_eq.files import replace_text
+from dinov2_eq.report.figures import as_svg
 from dinov2_eq.report.row_table import Line, draw, markdown, table
 from dinov2_eq.report.rows import PROBES, headline, row_of, untrained_rows
 from dinov2_eq.report.runs import Run, load_runs
@@ -32,7 +33,7 @@ def write_tables(folder: Path, outcomes: Sequence[Outcome]) -> None:
     lines = [*lines_of(rows), *(Line(f"untrained {row['arch']}", [headline(row)]) for row in untrained)]
     text = markdown(*table(lines)) + "".join(f"\n- {problem}" for problem in problems_of(outcomes))
     replace_text(folder / "sweep.md", f"{text.rstrip()}\n")
-    replace_text(folder / "sweep.svg", draw(lines))
+    replace_text(folder / "sweep.svg", as_svg(draw(lines)))
 
 
 def done(outcome: Outcome) -> list[Entry]:
