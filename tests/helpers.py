@@ -9,7 +9,7 @@ import pytest
 from dinov2_eq.config.load import find_recipe, load_config
 from dinov2_eq.config.schema import Config
 from dinov2_eq.config.yaml_files import read_yaml
-from dinov2_eq.eval.programs import Programs
+from dinov2_eq.evaluation.programs import Programs
 from dinov2_eq.run import cli
 
 TINY = [

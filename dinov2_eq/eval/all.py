@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from dinov2_eq.config.yaml_files import read_yaml
 from dinov2_eq.distributed.signals import stops_raise
-from dinov2_eq.eval.programs import Programs, last_line
 from dinov2_eq.evaluation import EVALUATIONS
 from dinov2_eq.evaluation.command_line import encoder_of
 from dinov2_eq.evaluation.encoder import find_checkpoint
+from dinov2_eq.evaluation.programs import Programs, last_line
 from dinov2_eq.evaluation.summary import Entry, read_numbers, write_summary
 from dinov2_eq.files import check_writable, read_json, replace_text
 from dinov2_eq.logging import setup_logging

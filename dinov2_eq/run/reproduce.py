@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = find_recipe(args.table, flag="reproduce", kind="reproduce")
     table = read_table(path, PAPER if args.budget is None else BUDGET)
     sweep = sweep_of(table, args)
-    if args.budget is not None and not args.dry_run:
+    if args.budget is not None and sweep.rows and not args.dry_run:
         if args.submit is not None:
             raise ValueError(
                 f"--submit with --budget {args.budget:g}: minutes are measured on this machine, not on that of the "

@@ -16,8 +16,8 @@ from dinov2_eq.config.load import find_recipe, load_config, to_yaml
 from dinov2_eq.config.schema import Config
 from dinov2_eq.distributed.signals import stops_raise
 from dinov2_eq.eval.all import Task, carry_out, check_flags, shared_features, split_words, tasks_of
-from dinov2_eq.eval.programs import Programs, last_line
 from dinov2_eq.evaluation.command_line import positive
+from dinov2_eq.evaluation.programs import Programs, last_line
 from dinov2_eq.evaluation.summary import Entry
 from dinov2_eq.files import check_writable, replace_text
 from dinov2_eq.logging import setup_logging

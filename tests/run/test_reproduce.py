@@ -202,12 +202,17 @@ def test_an_unknown_table(tmp_path, capsys):
     assert f"reproduce paper-z: no such file; packaged recipes are {', '.join(TABLES)}" in capsys.readouterr().err
 
 
-def test_nothing_to_run(folder, capsys):
-    """Without a schedule of the paper every row is open, and the published numbers are there all the same."""
-    assert run(folder, budget="paper") == 0
+@pytest.mark.parametrize(
+    ("budget", "reason"), [("paper", "the paper's schedule is not known"), ("2", "there is no small recipe")]
+)
+def test_nothing_to_run(folder, capsys, budget, reason):
+    """Without recipes every row is open, and the published numbers are there all the same."""
+    text = "".join(line for line in TABLE.splitlines(keepends=True) if "budget: [" not in line)
+    (folder.parent / "table.yaml").write_text(text + "    note: ours\n")
+    assert run(folder, budget=budget) == 0
     text = capsys.readouterr().out
     assert "| theirs | published | 0.125 | 0.375 | 0.250 |" in text
-    assert "- plain: open: the paper's schedule is not known" in text
+    assert f"- plain: ours; open: {reason}" in text
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dinov2_eq.config.load import find_recipe, load_config, to_yaml
-from dinov2_eq.eval.programs import Programs
+from dinov2_eq.evaluation.programs import Programs
 from dinov2_eq.report.runs import load_runs
 from dinov2_eq.run.sweep import plan
 from dinov2_eq.run.sweep_file import read_sweep

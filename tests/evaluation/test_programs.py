@@ -4,7 +4,7 @@ import threading
 import time
 
 from dinov2_eq import __version__
-from dinov2_eq.eval.programs import Programs, last_line
+from dinov2_eq.evaluation.programs import Programs, last_line
 from dinov2_eq.exits import STOPPED
 
 
