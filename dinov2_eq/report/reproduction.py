@@ -76,9 +76,9 @@ def as_markdown(title: str, rows: Sequence[Compared], conditions: Sequence[tuple
     return "\n".join(
         [
             f"# {title}\n",
-            markdown(header, lines),
+            markdown(header, lines, words=2),
             "## Conditions\n",
-            markdown(["", "the paper", "ours"], conditions),
+            markdown(["", "the paper", "ours"], conditions, words=3),
             "## Rows\n",
             f"{notes}\n",
         ]

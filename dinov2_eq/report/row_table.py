@@ -37,9 +37,9 @@ def cell(values: Sequence[float]) -> str:
     return f"{mean(values):.{digits}f}{spread}"
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Formats a table whose first column holds words and whose others hold numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """Formats a table whose first `words` columns hold words and whose others hold numbers."""
+    lines = [header, [*["---"] * words, *["---:"] * (len(header) - words)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 

@@ -29,6 +29,7 @@ def test_every_number_is_in_its_column():
     ]
     lines = markdown(header, rows).splitlines()
     assert len(lines) == 5 and {line.count("|") for line in lines} == {6}
+    assert markdown(header, rows, words=2).splitlines()[1] == "| --- | --- | ---: | ---: | ---: |"
 
 
 def test_the_plot_has_a_dot_for_each_run():
