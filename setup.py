@@ -30,7 +30,7 @@ setup(
     ],
     package_dir={f"dinov2_eq.{name}": name for name in ("tools", "configs", "weights")},
     package_data={
-        "dinov2_eq.configs": ["train/*.yaml", "train/*/*.yaml"],
+        "dinov2_eq.configs": ["train/*.yaml", "train/*/*.yaml", "sweep/*.yaml", "reproduce/*.yaml"],
         "dinov2_eq.weights": ["*.json", "*.safetensors"],
     },
     install_requires=[

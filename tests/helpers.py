@@ -1,16 +1,15 @@
 """A run so small that whole trainings fit in a unit test, and programs without an interpreter of their own."""
 
 import contextlib
-import importlib
-import subprocess
-from collections.abc import Callable
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
 from dinov2_eq.config.load import find_recipe, load_config
 from dinov2_eq.config.schema import Config
 from dinov2_eq.config.yaml_files import read_yaml
+from dinov2_eq.evaluation.programs import Programs
 from dinov2_eq.run import cli
 
 TINY = [
@@ -45,18 +44,17 @@ def in_this_process(words: list[str]) -> int:
 
 
 def stand_in_for_programs(monkeypatch: pytest.MonkeyPatch, carry_out: Callable[[list[str]], int]) -> list[list[str]]:
-    """`eval all` calls this where it would start an interpreter for each evaluation, which takes most of its time.
+    """`eval all` and `sweep` call this where they would start an interpreter, which takes most of the time.
 
     Returns:
-        the words that each program was given, filled while `eval all` goes on.
+        the words that each program was given, filled while the command goes on.
     """
     calls: list[list[str]] = []
 
-    def run(words, stdout, **_):
-        calls.append(words[3:])
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-            return SimpleNamespace(returncode=carry_out(words[3:]))
+    def run(self: Programs, words: Sequence[str], log: Path) -> int:
+        calls.append(list(words))
+        with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            return carry_out(calls[-1])
 
-    eval_all = importlib.import_module("dinov2_eq.eval.all")
-    monkeypatch.setattr(eval_all, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(Programs, "run", run)
     return calls

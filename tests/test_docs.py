@@ -25,11 +25,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dinov2_eq.config.load import load_config, to_dict
+from dinov2_eq.config.load import find_recipe, load_config, to_dict
 from dinov2_eq.config.schema import default_config
 from dinov2_eq.models import build_backbone
 from dinov2_eq.run.cli import COMMANDS, find_command, main
+from dinov2_eq.run.published import BUDGET, PAPER, read_table
 from dinov2_eq.run.submit import PROGRAMS
+from dinov2_eq.run.sweep_file import read_sweep
 from dinov2_eq.train.train import do_train
 from tests.helpers import in_this_process, stand_in_for_programs, tiny_config
 
@@ -128,6 +130,12 @@ def parse(command: str) -> None:
         if name == "submit":
             args, words = parser.parse_known_args(words)
             parse(shlex.join(["dinov2-eq", *PROGRAMS[args.name].split(), *words]))
+        elif name == "sweep":
+            args = parser.parse_intermixed_args(words)
+            read_sweep(find_recipe(args.config_file, kind="sweep"), args.overrides)
+        elif name == "reproduce":
+            args = parser.parse_intermixed_args(words)
+            read_table(find_recipe(args.table, kind="reproduce"), PAPER if args.budget is None else BUDGET)
         elif "overrides" in (args := parser.parse_intermixed_args(words)):
             load_config(args.config_file, args.overrides)
 

@@ -8,20 +8,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
-from dinov2_eq.data.datasets.data_string import parse_data_string
 from dinov2_eq.evaluation.results import write_results
 from dinov2_eq.files import as_written, check_types, read_json
-from dinov2_eq.models import ARCHS
 from dinov2_eq.report.figures import as_svg, tidy
+from dinov2_eq.report.rows import (
+    MEANS,
+    PROBES,
+    TASKS,
+    check_results,
+    results_of,
+    row_of,
+    untrained_rows,
+    without_folders,
+)
 from dinov2_eq.report.runs import Run, load_runs
 
-TASKS = ("rotation", "translation", "color_jitter", "blur")
-MEANS = ("mean_border_free", "mean_masked")
-PROBES = ("knn", "equivariance")
-SHOWN_SETTINGS = ("transform", "border", "view", "invariant_projection", "decoder", "loss_weight")
 # Entries of the protocol that may differ between comparable probes. For nb_knn, the rows give the accuracy at each k.
 NOT_PROTOCOL = {"seconds", "environment", "config_file", "num_workers", "random_init", "nb_knn", "notices", "processes"}
 
@@ -44,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     earlier = {str(path): read_collected(path) for path in args.runs if path.is_file()}
     runs = [load_runs([folder])[0] for folder in args.runs if not folder.is_file()]
     for run in runs:
-        for probe in PROBES:
-            check_results(run, probe)
+        check_probed(run)
     protocols = {probe: common_protocol(earlier, runs, probe) for probe in PROBES}
     rows = [row for collected in earlier.values() for row in collected["rows"]]
     rows = unique([*rows, *untrained_rows(runs), *map(row_of, runs)])
@@ -92,28 +94,14 @@ def unique(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def results_of(run: Run, probe: str) -> dict[str, Any] | None:
-    """The results of a probe of `PROBES`; None if the run has none."""
-    return {"knn": run.knn, "equivariance": run.equivariance}[probe]
-
-
-def check_results(run: Run, probe: str) -> None:
-    """Checks the results of a probe.
-
-    Raises:
-        FileNotFoundError: the run was not probed.
-        ValueError: the file is not as the probe writes it.
-    """
-    path = run.folder / f"results_eval_{probe}.json"
-    if results_of(run, probe) is None:
-        raise FileNotFoundError(f"{run.folder} has no {path.name}; 'dinov2-eq eval {probe}' writes it")
-    with as_written(path):
-        protocol_of(run, probe)
-        if probe == "knn":
-            accuracies_of(run)
-        else:
-            check_types([run.equivariance["encoder"]["step"]], int)
-            scores_of(run, "trained")
+def check_probed(run: Run) -> None:
+    """Raises FileNotFoundError if a probe was not run, and ValueError if its results are not as it writes them."""
+    for probe in PROBES:
+        if results_of(run, probe) is None:
+            raise FileNotFoundError(
+                f"{run.folder} has no results_eval_{probe}.json; 'dinov2-eq eval {probe}' writes it"
+            )
+        check_results(run, probe)
 
 
 def protocol_of(run: Run, probe: str) -> dict[str, Any]:
@@ -155,83 +143,6 @@ def choose_k(rows: Sequence[dict[str, Any]], wanted: int | None) -> str:
             "'dinov2-eq eval knn' with the same --nb_knn for all runs"
         )
     return str(max(usable))
-
-
-def row_of(run: Run) -> dict[str, Any]:
-    """Settings and results of a run, as stored in the JSON file."""
-    task, training = run.config["equivariance"], run.config["train"]
-    path = run.folder / "environment.json"
-    with as_written(path):
-        environment = read_json(path)
-        device, commit = environment["device"], environment["commit"]
-    batch_size = training["batch_size_per_gpu"] * training["accumulation_steps"]
-    steps = run.equivariance["encoder"]["step"]
-    speeds = run.curve("images_per_second")[1]
-    kind = "task" if run.reconstructs else "control, λ = 0" if task["enabled"] else "base method"
-    return {
-        "run": run.folder.name,
-        "kind": kind,
-        **({key: task[key] for key in SHOWN_SETTINGS if key in task} if task["enabled"] else {}),
-        "seed": training["seed"],
-        "steps": steps,
-        "batch_size": batch_size,
-        "images_seen": steps * batch_size,
-        "data": without_folders(training["dataset_path"]),
-        **backbone_of(run),
-        "device": device,
-        "commit": commit,
-        "images_per_second": float(np.median(speeds)) if len(speeds) else None,
-        "knn_top1": accuracies_of(run),
-        **scores_of(run, "trained"),
-    }
-
-
-def untrained_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Rows of untrained networks, one for each architecture that was probed untrained."""
-    rows: list[dict[str, Any]] = []
-    for run in runs:
-        scores, backbone = scores_of(run, "random-init"), backbone_of(run)
-        if scores["r2"] and not any(row.items() >= backbone.items() for row in rows):
-            rows.append({"run": "random init", "kind": "untrained", **backbone, **scores})
-    return rows
-
-
-def backbone_of(run: Run) -> dict[str, Any]:
-    student = run.config["student"]
-    return {
-        "arch": student["arch"],
-        "depth": student["depth"] or ARCHS[student["arch"]].depth,
-        "patch_size": student["patch_size"],
-        "image_size": run.config["crops"]["global_crops_size"],
-    }
-
-
-def accuracies_of(run: Run) -> dict[str, float]:
-    return {k: accuracy["top1"] for k, accuracy in run.knn["results"].get("full", {}).items()}
-
-
-def scores_of(run: Run, encoder: str) -> dict[str, Any]:
-    """R2 by task and border (pooled, and mean over components), and the means over the tasks."""
-    rows = [row for row in run.equivariance["rows"] if row["encoder"] == encoder]
-    return {
-        "r2": {
-            f"{row['task']}/{row['border']}": {
-                "pooled": row["r2_pooled"],
-                "mean": row["r2_mean"],
-                "components": row["r2_components"],
-            }
-            for row in rows
-        },
-        "r2_means": {
-            row["name"]: float(row["r2_pooled"]) for row in run.equivariance["summary"] if row["encoder"] == encoder
-        },
-    }
-
-
-def without_folders(data_string: str) -> str:
-    """Shortens each path in a data string to its last part, because folders mean nothing on other machines."""
-    name, options = parse_data_string(data_string)
-    return ":".join([name, *(f"{key}={Path(value).name}" for key, value in options.items())])
 
 
 def markdown(rows: Sequence[dict[str, Any]], k: str) -> str:

@@ -12,6 +12,14 @@ from dinov2_eq.objectives.base import Context, ObjectiveSettings
 from dinov2_eq.settings import LARGEST_HUE, CropsConfig, EvaluationConfig, StudentConfig, problems_of
 from dinov2_eq.types import GLOBAL, LOCAL
 
+# Settings in steps that cannot exceed optim.steps.
+LENGTHS = (
+    "optim.warmup_steps",
+    "optim.freeze_last_layer_steps",
+    "optim.freeze_backbone_steps",
+    "teacher.warmup_teacher_temp_steps",
+)
+
 
 def check(config: Config) -> None:
     """Raises ValueError listing everything in the config that cannot run."""
@@ -66,12 +74,7 @@ def _crops(crops: CropsConfig, kind: BackboneKind, student: StudentConfig) -> It
 
 
 def _lengths(config: Config) -> Iterator[str]:
-    for key in (
-        "optim.warmup_steps",
-        "optim.freeze_last_layer_steps",
-        "optim.freeze_backbone_steps",
-        "teacher.warmup_teacher_temp_steps",
-    ):
+    for key in LENGTHS:
         length = attrgetter(key)(config)
         if length > config.optim.steps:
             yield f"{key}={length} is more than optim.steps={config.optim.steps}; lower it, or train longer"

@@ -67,13 +67,14 @@ def load_config(
     return config
 
 
-def find_recipe(name: str, folder: Path = Path(), flag: str = "--config-file") -> Path:
+def find_recipe(name: str, folder: Path = Path(), flag: str = "--config-file", kind: str = "train") -> Path:
     """Finds a YAML file by its path or recipe name.
 
     Args:
         name: path, or name of a packaged recipe.
         folder: base of a relative path.
         flag: where the name was given, for the error message.
+        kind: folder of the packaged recipes below `configs`.
 
     Raises:
         FileNotFoundError: neither a file nor a recipe.
@@ -81,7 +82,7 @@ def find_recipe(name: str, folder: Path = Path(), flag: str = "--config-file") -
     path = folder / name
     if path.is_file():
         return path
-    packaged = Path(str(resources.files("dinov2_eq.configs"))) / "train"
+    packaged = Path(str(resources.files("dinov2_eq.configs"))) / kind
     recipes = {str(path.relative_to(packaged).with_suffix("")): path for path in sorted(packaged.rglob("*.yaml"))}
     if name in recipes:
         return recipes[name]

@@ -7,7 +7,6 @@ import json
 import logging
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -19,6 +18,7 @@ from dinov2_eq.distributed.signals import stops_raise
 from dinov2_eq.evaluation import EVALUATIONS
 from dinov2_eq.evaluation.command_line import encoder_of
 from dinov2_eq.evaluation.encoder import find_checkpoint
+from dinov2_eq.evaluation.programs import Programs, last_line
 from dinov2_eq.evaluation.summary import Entry, read_numbers, write_summary
 from dinov2_eq.files import check_writable, read_json, replace_text
 from dinov2_eq.logging import setup_logging
@@ -74,10 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with (
         stops_raise("the same command goes on with the evaluations that are not done"),
         shared_features({task.folder.parent for task in tasks}),
+        Programs() as programs,
     ):
         for number, task in enumerate(tasks, start=1):
             logger.info("%d of %d: %s of %s", number, len(tasks), task.evaluation, task.encoder)
-            entries.append(carry_out(task, submit, args.resubmit))  # on a stop, `subprocess.run` kills its command
+            entries.append(carry_out(task, submit, args.resubmit, programs))
             summary = write_summary(args.output_dir, entries)
             replace_text(args.output_dir / PAGE_NAME, render_evaluations(*summary))
     print(summary.markdown())
@@ -130,18 +131,34 @@ def read_list(path: Path, output_dir: Path) -> list[Task]:
     for encoder, source in content["encoders"].items():
         if not isinstance(source, str) or not source:
             raise ValueError(f"{path}: encoder {encoder!r} must be one source, such as a run folder, got {source!r}")
-        for evaluation, given in content["evaluations"].items():
-            if not isinstance(given, dict | None):
-                raise ValueError(f"{path}: evaluation {evaluation!r} must be flags and their values, got {given!r}")
-            flags = dict(given or {})
-            program = flags.pop("program", evaluation)
-            if program not in EVALUATIONS:
-                raise ValueError(
-                    f"{path}: evaluation {evaluation!r} has no program; give program: {' | '.join(EVALUATIONS)}"
-                )
-            folder = output_dir / str(encoder) / str(evaluation)
-            argv = ["--encoder", source, "--output-dir", str(folder), *as_flags(flags)]
-            tasks.append(Task(str(encoder), str(evaluation), program, argv, folder))
+        tasks += tasks_of(path, str(encoder), source, content["evaluations"], output_dir / str(encoder))
+    return tasks
+
+
+def tasks_of(
+    path: Path, encoder: str, source: str, evaluations: Mapping[str, dict[str, Any] | None], folder: Path
+) -> list[Task]:
+    """Returns the evaluations of one encoder, whose results go to a subfolder each.
+
+    Args:
+        path: of the list, for messages.
+        evaluations: the section of the list.
+
+    Raises:
+        ValueError: an evaluation is not a table of flags, or has no program.
+    """
+    tasks = []
+    for evaluation, given in evaluations.items():
+        if not isinstance(given, dict | None):
+            raise ValueError(f"{path}: evaluation {evaluation!r} must be flags and their values, got {given!r}")
+        flags = dict(given or {})
+        program = flags.pop("program", evaluation)
+        if program not in EVALUATIONS:
+            raise ValueError(
+                f"{path}: evaluation {evaluation!r} has no program; give program: {' | '.join(EVALUATIONS)}"
+            )
+        argv = ["--encoder", source, "--output-dir", str(folder / str(evaluation)), *as_flags(flags)]
+        tasks.append(Task(encoder, str(evaluation), program, argv, folder / str(evaluation)))
     return tasks
 
 
@@ -174,7 +191,7 @@ def check_flags(path: Path, task: Task) -> None:
         )
 
 
-def carry_out(task: Task, submit: Sequence[str] | None, resubmit: bool) -> Entry:
+def carry_out(task: Task, submit: Sequence[str] | None, resubmit: bool, programs: Programs) -> Entry:
     """Runs or submits the evaluation, unless the same command already ran on the same files.
 
     Then its results count, or what was submitted is waited for, unless `resubmit`. Results of another command stay
@@ -197,14 +214,10 @@ def carry_out(task: Task, submit: Sequence[str] | None, resubmit: bool) -> Entry
     words = ["submit", task.program, *(submit or []), *task.argv]
     if submit is None:
         words = ["eval", task.program, "--features-dir", str(task.folder.parent / FEATURES), *task.argv]
-    with log.open("w") as file:
-        command = [sys.executable, "-m", "dinov2_eq.run.cli", *words]
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
-    if code:
+    if code := programs.run(words, log):
         if before is not None and submit is None:
             replace_text(made_by, json.dumps(before))
-        lines = log.read_text(errors="replace").strip().splitlines()
-        note = f"{lines[-1] if lines else f'exit code {code}'} (see {log})"
+        note = last_line(log, code)
         logger.error("%s of %s failed: %s", task.evaluation, task.encoder, note)
         return Entry(task.encoder, task.evaluation, "failed", {}, note)
     for path, written_ns in stale.items():

@@ -60,7 +60,7 @@ def curve_panel(curves: Sequence[Curve]) -> str:
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useMathText=True)
     axes.yaxis.get_offset_text().set(color=INK, fontsize=7.5)
     axes.set_xlabel("step", color=INK, fontsize=8, loc="right", labelpad=1)
-    return _svg_uri(figure)
+    return svg_uri(figure)
 
 
 def bar_panel(bars: Sequence[Bar]) -> str:
@@ -88,7 +88,7 @@ def bar_panel(bars: Sequence[Bar]) -> str:
     axes.grid(axis="x", color=GRID, linewidth=0.6)
     axes.spines["left"].set_visible(False)
     axes.axvline(0, color=INK, linewidth=0.8)
-    return _svg_uri(figure)
+    return svg_uri(figure)
 
 
 def angle_panel(curves: Sequence[Curve], top: float, chance: float) -> str:
@@ -110,7 +110,7 @@ def angle_panel(curves: Sequence[Curve], top: float, chance: float) -> str:
     axes.tick_params(which="minor", color=INK, width=0.4, length=2)
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter("{x:.0f}\u00b0")
-    return _svg_uri(figure)
+    return svg_uri(figure)
 
 
 def picture(image: np.ndarray) -> str:
@@ -158,7 +158,8 @@ def as_svg(figure: Figure) -> str:
     return buffer.getvalue()
 
 
-def _svg_uri(figure: Figure) -> str:
+def svg_uri(figure: Figure) -> str:
+    """Renders a figure as an SVG data URI that follows the reader's colour scheme."""
     svg = as_svg(figure)
     start = svg.index("<svg")
     opening_end = svg.index(">", start) + 1

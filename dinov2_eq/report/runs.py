@@ -126,11 +126,11 @@ class Run:
             row for row in rows if (row["task"], row["border"]) == (task, border) and encoder in (None, row["encoder"])
         ]
 
-    def border_free_r2(self, task: str) -> dict[str, float]:
-        """R2 of the trained encoder where all pixels are real, by tokens; of several heads the first."""
+    def border_free_r2(self, task: str, encoder: str = "trained") -> dict[str, float]:
+        """R2 of an encoder where all pixels are real, by tokens; of several heads the first."""
         found: dict[str, float] = {}
         for row in _rows_with_variants(self.equivariance) if self.equivariance else ():
-            if row["task"] == task and row["encoder"] == "trained" and row["border"] not in FAINT_BORDERS:
+            if row["task"] == task and row["encoder"] == encoder and row["border"] not in FAINT_BORDERS:
                 found.setdefault(row["tokens"], row["r2_pooled"])
         return found
 
@@ -201,8 +201,8 @@ def _load_run(folder: Path, name: str, letter: str, color: str) -> Run:
         metrics=read_metrics(folder / "training_metrics.jsonl"),
         snapshots=sorted(folder.glob("samples/step_*.npz"), key=lambda path: _step_in(path.stem)),
         teacher_checkpoint=max(checkpoints, key=lambda path: _step_in(path.parent.name), default=None),
-        knn=_read_results(folder / "results_eval_knn.json", _check_accuracies),
-        equivariance=_read_results(folder / "results_eval_equivariance.json", _check_scores),
+        knn=_read_results(folder, "knn", _check_accuracies),
+        equivariance=_read_results(folder, "equivariance", _check_scores),
     )
 
 
@@ -222,6 +222,13 @@ def _read_config(path: Path) -> dict[str, Any]:
                     f"{path}: {section}.{key}={value!r} is not of type {type(usual).__name__}, as training writes it."
                 )
     return config
+
+
+def results_path(folder: Path, evaluation: str) -> Path:
+    """Where a run has the results of an evaluation: beside its config, or in a folder of the evaluation's name."""
+    name = f"results_eval_{evaluation}.json"
+    own = folder / evaluation / name  # where `dinov2-eq sweep` puts it
+    return own if own.is_file() else folder / name
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -250,8 +257,9 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _read_results(path: Path, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
-    """Reads a results file; None if there is none. Raises ValueError if `check` fails."""
+def _read_results(folder: Path, evaluation: str, check: Callable[[dict[str, Any]], None]) -> dict[str, Any] | None:
+    """Reads the results of an evaluation; None if there are none. Raises ValueError if `check` fails."""
+    path = results_path(folder, evaluation)
     if not path.is_file():
         return None
     results = read_json(path)

@@ -16,6 +16,8 @@ COMMANDS = {
     "submit": ("dinov2_eq.run.submit", "run train or an evaluation as a job on SLURM, or in processes here"),
     **{f"eval {name}": tuple(program) for name, program in EVALUATIONS.items()},
     "eval all": ("dinov2_eq.eval.all", "a list of evaluations over many encoders, and one table"),
+    "sweep": ("dinov2_eq.run.sweep", "trainings that differ in a few settings, evaluated, and one table"),
+    "reproduce": ("dinov2_eq.run.reproduce", "a table of the papers: published numbers and ours, side by side"),
     "doctor": ("dinov2_eq.tools.doctor", "what this machine, its network and a config need before a run"),
     "export": ("dinov2_eq.tools.export", "a run's backbone for timm, Hugging Face, ONNX and others, verified"),
     "report": ("dinov2_eq.tools.report", "one HTML page about one or several runs"),

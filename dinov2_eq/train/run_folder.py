@@ -59,20 +59,7 @@ def require_same_run(folder: Path, config: Config) -> None:
     Raises:
         ValueError: a setting in `FIXED` changed, or the run's config.yaml is damaged.
     """
-    if not (folder / CONFIG).is_file():
-        return
-    try:
-        before, now = to_dict(load_config(str(folder / CONFIG))), to_dict(config)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}\nA resumed run is compared with this file: restore it, or delete it to skip the comparison"
-        ) from None
-    changes = {
-        f"{section}.{key}": f"{section}.{key} was {before[section][key]!r}, now {value!r}"
-        for section, values in now.items()
-        for key, value in values.items()
-        if before[section][key] != value
-    }
+    changes = changed_settings(folder / CONFIG, config)
     if refused := [text for key, text in changes.items() if key in FIXED]:
         raise ValueError(
             f"The run in {folder} cannot resume with changed settings: {'; '.join(refused)}. "
@@ -80,6 +67,28 @@ def require_same_run(folder: Path, config: Config) -> None:
         )
     for text in changes.values():
         logger.warning("resuming with a changed setting: %s", text)
+
+
+def changed_settings(path: Path, config: Config) -> dict[str, str]:
+    """Compares a config with the one in a file; returns a phrase for each setting that differs, {} without a file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        before, now = to_dict(load_config(str(path))), to_dict(config)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}\nA resumed run is compared with this file: restore it, or delete it to skip the comparison"
+        ) from None
+    return {
+        f"{section}.{key}": f"{section}.{key} was {before[section][key]!r}, now {value!r}"
+        for section, values in now.items()
+        for key, value in values.items()
+        if before[section][key] != value
+    }
 
 
 def describe(folder: Path, config: Config, device: torch.device) -> None:

@@ -77,6 +77,35 @@ def test_rows_say_what_was_run(tmp_path):
     assert lines[2].startswith("| control | control, λ = 0 | 0.75") and lines[3].endswith(" 50.0 |")
 
 
+def test_quarters(tmp_path):
+    """R2 from the quarters, where it was measured: the border-free ones of the trained encoder, and their mean."""
+    run = write_run(tmp_path / "a")
+    path = tmp_path / "a/results_eval_equivariance.json"
+    results = json.loads(path.read_text())
+    scores = dict(zip(BORDERS, (0.9, 0.8, 0.7, 0.4), strict=True))
+    variants = [
+        {"encoder": encoder, "tokens": tokens, "task": task, "border": border, "r2_mean": 0, "r2_components": {}}
+        | {"r2_pooled": r2 if (encoder, tokens, border in ("canvas", "none")) == ("trained", "grid2", True) else -1}
+        for encoder in ("random-init", "trained")
+        for tokens in ("cls", "grid2")
+        for task, r2 in scores.items()
+        for border in BORDERS[task]
+    ]
+    path.write_text(json.dumps({**results, "variants": {"rows": variants, "summary": []}}))
+    row, other = collect(tmp_path, [run, write_run(tmp_path / "b")])[0]["rows"]
+    assert row["r2_quarters"] == {"by_task": scores, "mean": pytest.approx(0.7)} and "r2_quarters" not in other
+    assert row["r2"]["rotation/canvas"]["pooled"] == 0.75
+
+
+def test_a_run_of_a_sweep(tmp_path):
+    """Its results are in a folder for each evaluation."""
+    expected = collect(tmp_path, [write_run(tmp_path / "a")])
+    for probe in ("knn", "equivariance"):
+        (tmp_path / "a" / probe).mkdir()
+        (tmp_path / f"a/results_eval_{probe}.json").rename(tmp_path / f"a/{probe}/results_eval_{probe}.json")
+    assert collect(tmp_path, [str(tmp_path / "a")]) == expected
+
+
 def test_runs_are_added_to_an_earlier_collection(tmp_path):
     first = [write_run(tmp_path / "base", "equivariance.enabled=false", random_init=True)]
     second = [write_run(tmp_path / "task", random_init=True)]
