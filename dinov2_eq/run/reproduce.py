@@ -35,7 +35,9 @@ BORDERS = {"black": ("zeros", "none"), "masked": ("masked",), "real": ("canvas",
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dinov2-eq reproduce", description=__doc__)
-    parser.add_argument("table", help="paper-a-synthetic, paper-a-k, paper-b-cifar10, paper-b-imagenet, or a YAML file")
+    parser.add_argument(
+        "table", help="a packaged table, such as paper-b-cifar10 (all are in docs/sweeps.md), or a YAML file"
+    )
     parser.add_argument(
         "--budget",
         required=True,
