@@ -69,6 +69,16 @@ class Transform(ABC):
         """Scales each parameter by `fraction`, as in the paper; for SE(2) that is no power of the group element."""
         return theta * fraction
 
+    @property
+    def largest(self) -> Tensor:
+        """Largest size of each parameter, [P]."""
+        return torch.maximum(self.low.abs(), self.high.abs())
+
+    def strength(self, theta: Tensor) -> Tensor:
+        """Returns the largest parameter of each theta as a share of its `largest`: [batch] in [0, 1]."""
+        largest = torch.where(self.largest > 0, self.largest, 1.0)
+        return (theta / largest.to(theta)).abs().amax(dim=1)
+
     def canvas_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(Hc, Wc) of the image that `apply` needs to fill `size` = (H, W) with real pixels only."""
         return size

@@ -7,7 +7,7 @@ each transform, and k-NN accuracy and retrieval over the angle of rotation.
 import argparse
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +18,11 @@ from dinov2_eq.data.datasets import DataError, ImageDataset, build_dataset
 from dinov2_eq.data.labelled import read_labelled
 from dinov2_eq.data.loaders import fixed_subset
 from dinov2_eq.distributed import from_main_process, is_main_process
-from dinov2_eq.equivariance.transforms import Transform, TransformRanges
+from dinov2_eq.equivariance.transforms import Transform
 from dinov2_eq.evaluation.base import Evaluation, Measured, run
 from dinov2_eq.evaluation.command_line import evaluation_parser, format_table, positive
 from dinov2_eq.evaluation.encoder import Encoder, load_encoder
-from dinov2_eq.evaluation.probe_transforms import build_probe_transform
+from dinov2_eq.evaluation.probe_transforms import add_range_flags, build_probe_transform, ranges_of
 from dinov2_eq.evaluation.report_card import (
     ANGLES_DEG,
     TASKS,
@@ -39,11 +39,9 @@ from dinov2_eq.evaluation.report_card import (
 from dinov2_eq.evaluation.side_by_side import name_encoders, with_untrained
 from dinov2_eq.evaluation.transformed_pairs import Setting, draw_theta, extract_pairs, settings_of
 from dinov2_eq.files import replace_text
-from dinov2_eq.objectives.reconstruction import EquivarianceConfig
 from dinov2_eq.probes.features import EQUIVARIANT_MODES, MODES
 from dinov2_eq.probes.transform_regression import BATCH_SIZE, HEADS, LEARNING_RATE, scale_targets
 from dinov2_eq.report import MAX_ENCODERS, render_card
-from dinov2_eq.settings import lies_in
 
 PAGE_NAME = "report_card.html"
 # What --card means where nothing else is said. The first head and tokens are those of `rows` and `summary`.
@@ -79,42 +77,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=positive, default=50, help="of the head")
     add("--num-seeds", type=positive, default=1, help="heads trained for each number, which is their mean")
     add("--random-init", action=argparse.BooleanOptionalAction, default=True, help="also score the untrained encoder")
-    ranges = parser.add_argument_group("ranges of the transforms")
-    ranges.add_argument(
-        "--max-angle-deg", type=within("max_angle_deg"), default=TransformRanges.max_angle_deg, help="rotation"
-    )
-    ranges.add_argument(
-        "--max-shift", type=within("max_shift"), default=TransformRanges.max_shift, help="share of the side"
-    )
-    ranges.add_argument(
-        "--max-color",
-        type=within("max_color"),
-        default=TransformRanges.max_color,
-        help="brightness, contrast, saturation",
-    )
-    ranges.add_argument("--max-hue", type=within("max_hue"), default=TransformRanges.max_hue, help="turns")
-    ranges.add_argument(
-        "--blur-sigma",
-        nargs=2,
-        type=within("blur_sigma_min_max"),
-        default=TransformRanges.blur_sigma_min_max,
-        metavar=("LOW", "HIGH"),
-        help="pixels",
-    )
+    ranges = add_range_flags(parser)
     ranges.add_argument("--min-crop-share", type=float, default=0.2, help="of the area that a crop keeps at least")
     return parser
-
-
-def within(setting: str) -> Callable[[str], float]:
-    """Returns a parser for a flag with the same range as this setting in training."""
-    interval = EquivarianceConfig.__dataclass_fields__[setting].metadata["interval"]
-
-    def number(text: str) -> float:
-        if not lies_in(value := float(text), interval):
-            raise argparse.ArgumentTypeError(f"must lie in {interval}, got {value:g}")
-        return value
-
-    return number
 
 
 def described(flags: dict[str, Any]) -> str:
@@ -258,13 +223,7 @@ def make_split(
 
 def build_tasks(args: argparse.Namespace) -> dict[str, Transform]:
     """Raises ValueError if a range is empty."""
-    ranges = {
-        "max_angle_deg": args.max_angle_deg,
-        "max_shift": args.max_shift,
-        "max_color": args.max_color,
-        "max_hue": args.max_hue,
-        "blur_sigma_min_max": list(args.blur_sigma),
-    }
+    ranges = ranges_of(args)
     tasks = {task: build_probe_transform(task, min_crop_share=args.min_crop_share, **ranges) for task in args.tasks}
     for task, transform in tasks.items():
         if not (transform.high > transform.low).all():

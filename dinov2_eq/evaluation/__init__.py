@@ -15,6 +15,7 @@ EVALUATIONS: dict[str, Program] = {
     "equivariance": Program(
         "dinov2_eq.eval.equivariance", "how well frozen features tell how an image was transformed"
     ),
+    "order": Program("dinov2_eq.eval.order", "whether stronger changes of an image move its frozen features farther"),
     "3diebench": Program(
         "dinov2_eq.eval.threediebench", "class, rotation and colours of rendered objects, from frozen features"
     ),

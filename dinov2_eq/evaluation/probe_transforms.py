@@ -1,13 +1,20 @@
 """The training transforms, plus crop and flip, which have no intermediate views."""
 
+import argparse
 import difflib
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinov2_eq.equivariance.transforms import TRANSFORMS, Transform, build_transform
+from dinov2_eq.equivariance.transforms import TRANSFORMS, Transform, TransformRanges, build_transform
+from dinov2_eq.objectives.transformed import TransformSettings
+from dinov2_eq.settings import lies_in
+
+WITHOUT_STRENGTH = ("crop", "flip")
 
 
 class Crop(Transform):
@@ -69,9 +76,66 @@ def build_probe_transform(name: str, *, min_crop_share: float, **ranges) -> Tran
         return Crop(min_crop_share)
     if name == "flip":
         return Flip()
-    known = sorted([*TRANSFORMS, "crop", "flip"])
+    known = sorted([*TRANSFORMS, *WITHOUT_STRENGTH])
     if ":" not in name and name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"Unknown task {name!r}; available: {', '.join(known)}, or package.module:ClassName.{hint}")
     return build_transform(name, **ranges)
+
+
+def ordered_transform(flag: str, name: str, ranges: Mapping[str, Any]) -> Transform:
+    """Builds a transform that has strengths to order; raises ValueError, which names the flag, for any other."""
+    if name in WITHOUT_STRENGTH:
+        raise ValueError(
+            f"{flag} {name}: a {name} has no strength to order, as nothing lies between the image and the result; "
+            "leave it out"
+        )
+    try:
+        transform = build_transform(name, **ranges)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
+    if not transform.largest.any():
+        names = " and ".join(transform.components) or "no parameter"
+        raise ValueError(f"{flag} {name}: the range of {names} is 0, so there are no strengths to order; widen it")
+    return transform
+
+
+def add_range_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds a flag for each of `TransformRanges` and returns their group; `ranges_of` reads them."""
+    group, defaults = parser.add_argument_group("ranges of the transforms"), TransformRanges()
+    for name, meaning in (
+        ("max_angle_deg", "rotation"),
+        ("max_shift", "share of the side"),
+        ("max_color", "brightness, contrast, saturation"),
+        ("max_hue", "turns"),
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=within(name), default=getattr(defaults, name), help=meaning)
+    group.add_argument(
+        "--blur-sigma",
+        nargs=2,
+        type=within("blur_sigma_min_max"),
+        default=defaults.blur_sigma_min_max,
+        metavar=("LOW", "HIGH"),
+        help="pixels",
+    )
+    return group
+
+
+def ranges_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the keyword arguments of `build_transform`."""
+    names = ("max_angle_deg", "max_shift", "max_color", "max_hue")
+    return {name: getattr(args, name) for name in names} | {"blur_sigma_min_max": list(args.blur_sigma)}
+
+
+def within(setting: str) -> Callable[[str], float]:
+    """Returns a parser for a flag with the same range as this setting in training."""
+    interval = TransformSettings.__dataclass_fields__[setting].metadata["interval"]
+
+    def number(text: str) -> float:
+        if not lies_in(value := float(text), interval):
+            raise argparse.ArgumentTypeError(f"must lie in {interval}, got {value:g}")
+        return value
+
+    return number

@@ -5,6 +5,7 @@ from dinov2_eq.objectives.base import ObjectiveSettings
 from dinov2_eq.objectives.dino import DinoConfig
 from dinov2_eq.objectives.equimod import EquimodConfig
 from dinov2_eq.objectives.ibot import IbotConfig
+from dinov2_eq.objectives.order import OrderConfig
 from dinov2_eq.objectives.reconstruction import EquivarianceConfig
 from dinov2_eq.objectives.sie import SieConfig
 from dinov2_eq.objectives.simclr import SimclrConfig
@@ -18,5 +19,6 @@ OBJECTIVES: dict[str, type[ObjectiveSettings]] = {
     "sie": SieConfig,
     "augself": AugSelfConfig,
     "equimod": EquimodConfig,
+    "order": OrderConfig,
     "equivariance": EquivarianceConfig,
 }

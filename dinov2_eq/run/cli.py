@@ -17,6 +17,10 @@ COMMANDS = {
     **{f"eval {name}": tuple(program) for name, program in EVALUATIONS.items()},
     "eval all": ("dinov2_eq.eval.all", "a list of evaluations over many encoders, and one table"),
     "sweep": ("dinov2_eq.run.sweep", "trainings that differ in a few settings, evaluated, and one table"),
+    "choose-transforms": (
+        "dinov2_eq.run.choose_transforms",
+        "which transforms to keep and which to be invariant to, on your images, by short runs",
+    ),
     "reproduce": ("dinov2_eq.run.reproduce", "a table of the papers: published numbers and ours, side by side"),
     "doctor": ("dinov2_eq.tools.doctor", "what this machine, its network and a config need before a run"),
     "export": ("dinov2_eq.tools.export", "a run's backbone for timm, Hugging Face, ONNX and others, verified"),

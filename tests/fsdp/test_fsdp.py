@@ -41,6 +41,7 @@ METHODS = {
     ("sie", "centering", "resnet", "nothing"): "sie_3diebench",
     ("simclr augself", "centering", "transformer", "nothing"): "cifar10/augself",
     ("simclr equimod", "centering", "transformer", "nothing"): "cifar10/equimod",
+    ("simclr order", "centering", "transformer", "nothing"): "cifar10/order",
 }
 STEPS = 5
 # What makes any recipe small enough for a test, and leaves its method alone. KoLeo and stochastic depth look at the
@@ -269,7 +270,7 @@ def train_with_nan(folder: Path) -> None:
 
 
 def method(config: Config) -> tuple[str, str, str, str]:
-    names = ("dino", "ibot", "simclr", "vicreg", "sie", "augself", "equimod")
+    names = ("dino", "ibot", "simclr", "vicreg", "sie", "augself", "equimod", "order")
     losses = " ".join(name for name in names if getattr(config, name).loss_weight > 0)
     backbone = "resnet" if config.student.arch.startswith("resnet") else "transformer"
     task = config.equivariance
