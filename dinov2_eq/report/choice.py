@@ -38,6 +38,11 @@ class Candidate(NamedTuple):
     ordered: Arm
     invariant: Arm
 
+    @property
+    def invariant_by(self) -> str:
+        """What the table says; runs that several candidates share are named."""
+        return "invariant" if self.invariant.label.startswith(self.name) else f"invariant ({self.invariant.label})"
+
 
 class Choice(NamedTuple):
     """What the runs say about a candidate."""
@@ -107,7 +112,7 @@ def as_markdown(
     rows = [
         [each.name, form, str(len(arm.values(KNN))), *(cell(arm.values(name)) for name in (KNN, *NUMBERS))]
         for each in candidates
-        for form, arm in (("ordered", each.ordered), (f"invariant ({each.invariant.label})", each.invariant))
+        for form, arm in (("ordered", each.ordered), (each.invariant_by, each.invariant))
     ]
     lists = [[f"- {line}" for line in lines] for lines in ([sentence(choice) for choice in choices], conditions)]
     parts = ["\n".join(lists[0]), markdown(header, rows, words=2).rstrip(), METHOD.rstrip(), "\n".join(lists[1])]
