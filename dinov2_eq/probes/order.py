@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
 
@@ -49,6 +48,8 @@ def spearman(distances: Tensor) -> Tensor:
     Returns:
         [N] float64 in [-1, 1]; 0 if all distances of an image are equal.
     """
+    from scipy.stats import rankdata  # takes seconds, and training reads this file without it
+
     ranks = torch.from_numpy(np.asarray(rankdata(distances.cpu().numpy(), axis=0), dtype=np.float64))
     ranks = ranks - ranks.mean(dim=0)
     steps = torch.arange(len(ranks), dtype=torch.float64)
@@ -62,6 +63,8 @@ def spearman_across(distances: Tensor) -> float:
 
     Unlike `spearman` it asks that a distance means the same strength in every image.
     """
+    from scipy.stats import spearmanr
+
     values = distances.cpu().numpy()
     if np.ptp(values) == 0:
         return 0.0
