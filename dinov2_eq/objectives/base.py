@@ -134,3 +134,16 @@ class ObjectiveSettings(ABC):
     def cautions(self, section: str, context: Context) -> Iterator[str]:
         """Yields a message with value and remedy for each setting that can run but trains nothing useful."""
         yield from ()
+
+
+def caution_of_single_images(section: str, context: Context, consequence: str) -> Iterator[str]:
+    """Yields a caution if a forward has one image, for a loss that compares the images of a forward.
+
+    Args:
+        consequence: what that does to the loss.
+    """
+    if context.batch_size == 1:
+        yield (
+            f"{section}: with train.batch_size_per_gpu=1 {consequence}. Increase it; train.accumulation_steps does not "
+            "help, as forwards do not see each other"
+        )

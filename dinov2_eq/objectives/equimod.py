@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dinov2_eq.layers.projector import build_projector
-from dinov2_eq.objectives.base import Context, Objective
+from dinov2_eq.objectives.base import Context, Objective, caution_of_single_images
 from dinov2_eq.objectives.linked import LinkedSettings, LinkReader
 from dinov2_eq.objectives.simclr import nt_xent
 from dinov2_eq.settings import setting
@@ -35,11 +35,8 @@ class EquimodConfig(LinkedSettings):
 
     def cautions(self, section: str, context: Context) -> Iterator[str]:
         yield from super().cautions(section, context)
-        if self.is_built() and context.batch_size == 1:
-            yield (
-                "equimod: with train.batch_size_per_gpu=1 only other processes give negatives. Increase it; "
-                "train.accumulation_steps does not help, as forwards do not see each other"
-            )
+        if self.is_built():
+            yield from caution_of_single_images(section, context, "only other processes give negatives")
 
 
 class EquiMod(Objective):

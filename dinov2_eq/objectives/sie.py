@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dinov2_eq.distributed import gather_rows, gather_rows_with_gradient
 from dinov2_eq.layers.projector import build_projector
-from dinov2_eq.objectives.base import Context, Objective
+from dinov2_eq.objectives.base import Context, Objective, caution_of_single_images
 from dinov2_eq.objectives.linked import DATA, LinkedSettings, LinkReader, mean_of_known
 from dinov2_eq.objectives.vicreg import EPS, TARGET_STD, spread_terms
 from dinov2_eq.settings import setting
@@ -60,11 +60,8 @@ class SieConfig(LinkedSettings):
 
     def cautions(self, section: str, context: Context) -> Iterator[str]:
         yield from super().cautions(section, context)
-        if self.is_built() and context.batch_size == 1:
-            yield (
-                "sie: with train.batch_size_per_gpu=1 variances are over one image of each process. Increase it; "
-                "train.accumulation_steps does not help, as forwards do not see each other"
-            )
+        if self.is_built():
+            yield from caution_of_single_images(section, context, "variances are over one image of each process")
 
 
 class SIE(Objective):

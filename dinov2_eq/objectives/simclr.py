@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dinov2_eq.distributed import gather_rows, gather_rows_with_gradient, get_rank
 from dinov2_eq.layers.projector import build_projector
-from dinov2_eq.objectives.base import Context, Needs, Objective, ObjectiveSettings
+from dinov2_eq.objectives.base import Context, Needs, Objective, ObjectiveSettings, caution_of_single_images
 from dinov2_eq.objectives.linked import mean_of_known
 from dinov2_eq.objectives.pooling import POOLS, pooled
 from dinov2_eq.settings import setting
@@ -37,11 +37,8 @@ class SimclrConfig(ObjectiveSettings):
         return SimCLR(self, dim)
 
     def cautions(self, section: str, context: Context) -> Iterator[str]:
-        if self.loss_weight > 0 and context.batch_size == 1:
-            yield (
-                "simclr: with train.batch_size_per_gpu=1 only other processes give negatives. Increase it; "
-                "train.accumulation_steps does not help, as forwards do not see each other"
-            )
+        if self.loss_weight > 0:
+            yield from caution_of_single_images(section, context, "only other processes give negatives")
 
 
 class SimCLR(Objective):

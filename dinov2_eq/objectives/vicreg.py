@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dinov2_eq.distributed import gather_rows_with_gradient
 from dinov2_eq.layers.projector import build_projector
-from dinov2_eq.objectives.base import Context, Needs, Objective, ObjectiveSettings
+from dinov2_eq.objectives.base import Context, Needs, Objective, ObjectiveSettings, caution_of_single_images
 from dinov2_eq.objectives.pooling import POOLS, pooled
 from dinov2_eq.settings import setting
 from dinov2_eq.types import GLOBAL, Scene, Term
@@ -43,11 +43,8 @@ class VicregConfig(ObjectiveSettings):
         return VICReg(self, dim)
 
     def cautions(self, section: str, context: Context) -> Iterator[str]:
-        if self.loss_weight > 0 and context.batch_size == 1:
-            yield (
-                "vicreg: with train.batch_size_per_gpu=1 variances are over one image of each process. Increase it; "
-                "train.accumulation_steps does not help, as forwards do not see each other"
-            )
+        if self.loss_weight > 0:
+            yield from caution_of_single_images(section, context, "variances are over one image of each process")
 
 
 class VICReg(Objective):
