@@ -44,7 +44,7 @@ class TrainingSamples(Dataset[Sample]):
         read = partial(self.dataset.read_pair, generator=generator) if pairs else self.dataset.read
         item, skipped = read_or_next(self.dataset, index, read)
         sample = self.multi_crop(item, generator, position=position, skipped=skipped)
-        if numpy_generator(Stream.KNOWN, self.seed, index).random() < self.known_share:
+        if self.known_share == 1 or numpy_generator(Stream.KNOWN, self.seed, index).random() < self.known_share:
             return sample
         return sample._replace(drawn=sample.drawn._replace(known=False))
 
