@@ -18,6 +18,7 @@ from dinov2_eq.evaluation.report_card import MEANS
 from dinov2_eq.evaluation.results import write_results
 from dinov2_eq.files import as_written, read_json
 from dinov2_eq.report.figures import as_svg, tidy
+from dinov2_eq.report.row_table import markdown
 from dinov2_eq.report.runs import Run, load_runs
 from dinov2_eq.train.online_knn import KNN_TOP1
 
@@ -113,12 +114,12 @@ def r2_of(probe: Mapping[str, Any], encoder: str) -> dict[str, float]:
 
 def table(curves: Curves, columns: Sequence[str]) -> str:
     """Markdown table with a row for each run and step."""
-    lines = [["run", "step", *(PANELS[name] for name in columns)], ["---", *["---:"] * (len(columns) + 1)]]
+    lines = []
     for run, rows in curves.items():
         for row in rows:
             numbers = [f"{row[name]:.2f}" if name == "knn_top1" else f"{row[name]:.3f}" for name in columns]
             lines.append([run, str(row["step"]), *numbers])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(["run", "step", *(PANELS[name] for name in columns)], lines)
 
 
 def draw(curves: Curves, columns: Sequence[str], colors: Mapping[str, str]) -> str:

@@ -24,6 +24,7 @@ from dinov2_eq.evaluation.results import write_results
 from dinov2_eq.fsdp import STRATEGIES
 from dinov2_eq.models import ARCHS, build_backbone
 from dinov2_eq.models.vision_transformer import kept_per_token
+from dinov2_eq.report.row_table import markdown
 from dinov2_eq.train.build import build_arch
 from dinov2_eq.train.estimate import count_parameters, estimate_memory, views_by_size
 from dinov2_eq.train.ssl_meta_arch import SSLMetaArch
@@ -322,9 +323,7 @@ def rounded(value: Any) -> Any:
 
 
 def table(header: str, rows: Sequence[Sequence[Any]]) -> str:
-    columns = header.split(" | ")
-    ruler = "|".join(["---", *["---:"] * (len(columns) - 1)])
-    return "\n".join([f"| {header} |", f"|{ruler}|", *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+    return markdown(header.split(" | "), [[str(cell) for cell in row] for row in rows]).rstrip()
 
 
 def tables(results: Mapping[str, Any]) -> str:
